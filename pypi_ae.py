@@ -2,7 +2,7 @@
 """A private Python package index (PyPI) in one file of pure standard library.
 
     environ -> Request -> route -> authorize -> before -> handler -> after -> Response
-                          ROUTES   Users        hooks     below      hooks
+                          ROUTES   Users        hooks                hooks
 
 Contents, in the order a request meets them:
 
@@ -14,11 +14,11 @@ Contents, in the order a request meets them:
      6. Archives               core metadata, read out of wheels and sdists
      7. Listings               distributions, their facts, what a page is made of
      8. The directory          where distributions lie, and what is known of them
-     9. In step with a bucket  pull and push hooks; what is mirrored of a bucket
+     9. In step with a bucket  the hooks pull and push; what is mirrored of a bucket
     10. Pages                  content negotiation, HTML and JSON
     11. Downloads              ranges, conditions, core metadata, signatures
     12. Uploads                the streaming multipart parser, and what is checked
-    13. Other answers          JSON API, search, start page, health, fallback
+    13. Other answers          JSON API, search, start page, health
     14. Routes and the app     who may do what; the WSGI application; get_app()
     15. Command line           run, passwd, tidy
 
@@ -31,28 +31,28 @@ Hook it:    app.before.append(f)   f(request): raise HTTPError(status, why) to r
                                    None to keep it; response.changes says what changed
 
 The environment (or the same words in lower case as keywords of get_app):
-    LOCAL_PACKAGE_DIRECTORY  where the distributions lie, or a bucket's cache
-                             (/tmp/packages unless TIER is dev)        ./packages
-    TIER                     dev: a local directory will do; else a bucket  dev
-    BUCKET_NAME              the bucket; gcs_rest.py talks to it       none
-    REMOTE_PACKAGE_DIRECTORY the prefix in it; with no bucket, a directory that
-                             stands for one                            packages
-    SYNC_SECONDS             how old a listing of the bucket may be    1
-    CACHE_MB                 bound of the local cache of a bucket      100
-    PASSWORD_FILE            users, in htpasswd format                 htpasswd.txt
-    AUTHENTICATE             actions that need a user: list, download, update
-                             ("." for none)                            update
-    FALLBACK_URL             simple index to redirect unknown projects to      none
-    PRIVATE_NAMES            glob patterns of names that never fall back       none
-    OVERWRITE                may an upload replace a file?             no
-    MAX_UPLOAD_MB            larger uploads get 413                    no bound
-    HEALTH_ENDPOINT          answers "Ok"                              /health
-    WELCOME_FILE             HTML of the start page                    built in
+    LOCAL_PACKAGE_DIRECTORY  where distributions lie, or a bucket's cache   ./packages
+                             (/tmp/packages unless TIER is dev)
+    TIER                     dev: a directory will do; all else: a bucket   dev
+    BUCKET_NAME              the bucket; gcs_rest.py talks to it            none
+    REMOTE_PACKAGE_DIRECTORY the prefix in it; or, without a bucket,        packages
+                             a directory that stands for one
+    SYNC_SECONDS             how old a listing of the bucket may be         1
+    CACHE_MB                 bound of the local cache of a bucket           100
+    PASSWORD_FILE            users, in htpasswd format                      htpasswd.txt
+    AUTHENTICATE             actions that need a user: list, download,      update
+                             update; or "." for none
+    FALLBACK_URL             simple index to redirect unknown projects to   none
+    PRIVATE_NAMES            glob patterns of names that never fall back    none
+    OVERWRITE                may an upload replace a file?                  no
+    MAX_UPLOAD_MB            larger uploads get 413; 0: no bound            0, hosted 32
+    HEALTH_ENDPOINT          answers "Ok"                                   /health
+    WELCOME_FILE             HTML of the start page                         built in
 
 What it is not: a mirror or cache of another index, a place for documentation, or a
 user database; it has no roles beyond the three actions.
 
-Licence: MIT. Origin: the pypi-ae project, "pypi_ae.py"; see __version__.
+Licence: MIT. Origin: the project pypi-ae; __version__ says which release this is.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ from typing import (
     Protocol,
     TypeVar,
 )
-from urllib.parse import parse_qs, parse_qsl, quote
+from urllib.parse import parse_qs, quote
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -99,8 +99,7 @@ log = logging.getLogger("pypi_ae")
 
 # ---- 1. Words and errors -------------------------------------------------------------
 # A string that was checked has its own type, made in one place: a name is joined to a
-# path only as Filename or Project, markup leaves only as Html. Errors know their own
-# status.
+# path only as Filename or Project; markup leaves only as Html; errors know a status.
 
 Project = NewType("Project", str)  # a normalised project name (PEP 503): "acme-tools"
 Filename = NewType("Filename", str)  # a distribution's name, safe to join to a path
@@ -114,7 +113,7 @@ class HTTPError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.headers = tuple((k.replace("_", "-"), v) for k, v in headers.items())
+        self.headers = [(name.replace("_", "-"), v) for name, v in headers.items()]
 
 
 class SettingsError(ValueError):
@@ -127,15 +126,27 @@ class ArchiveError(ValueError):
 
 # ---- 2. Settings ---------------------------------------------------------------------
 # Keywords of get_app are turned into the words of the environment, so that one reader
-# checks both. Nothing else in this file looks at the environment.
+# checks both. Nothing else in this file looks at the environment. "" is the default.
 
-ACTIONS = frozenset({"list", "download", "update"})
-WORDS = (
-    *("LOCAL_PACKAGE_DIRECTORY", "PASSWORD_FILE", "AUTHENTICATE", "FALLBACK_URL"),
-    *("TIER", "BUCKET_NAME", "REMOTE_PACKAGE_DIRECTORY", "SYNC_SECONDS", "CACHE_MB"),
-    *("PRIVATE_NAMES", "OVERWRITE", "MAX_UPLOAD_MB", "HEALTH_ENDPOINT", "WELCOME_FILE"),
-)
-YES, NO = {"1", "yes", "true", "on"}, {"", "0", "no", "false", "off"}
+WORDS = {
+    "LOCAL_PACKAGE_DIRECTORY": "",
+    "TIER": "dev",
+    "BUCKET_NAME": "",
+    "REMOTE_PACKAGE_DIRECTORY": "",
+    "SYNC_SECONDS": "1",
+    # Two workers, their uploads and this fit the 384 MB of App Engine's smallest class.
+    "CACHE_MB": "100",
+    "PASSWORD_FILE": "",
+    "AUTHENTICATE": "update",
+    "FALLBACK_URL": "",
+    "PRIVATE_NAMES": "",
+    "OVERWRITE": "no",
+    "MAX_UPLOAD_MB": "",
+    "HEALTH_ENDPOINT": "/health",
+    "WELCOME_FILE": "",
+}
+YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
+HOSTED = ("GAE_ENV", "K_SERVICE")  # set by App Engine and by Cloud Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +157,7 @@ class Settings:
     bucket_name: str
     remote: str  # prefix in the bucket; without one, a directory that stands for it
     sync_seconds: float
-    cache: int
+    cache_bytes: int
     password_file: Path | None
     authenticate: frozenset[str]
     fallback_url: str
@@ -155,132 +166,118 @@ class Settings:
     max_upload: int
     health_endpoint: str
     welcome_file: Path | None
+    hosted: bool
+    cloud_project: str
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """Read all settings; raise SettingsError for one that cannot work."""
+        said = {
+            w: environ.get(w, "").strip() or default for w, default in WORDS.items()
+        }
+        hosted = any(word in environ for word in HOSTED)
+        # The platforms end requests above 32 MB without a reason; we can give one.
+        said["MAX_UPLOAD_MB"] = said["MAX_UPLOAD_MB"] or ("32" if hosted else "0")
+        root, remote = _places(said)
         return cls(
-            **_places(environ),
-            sync_seconds=_number(environ, "SYNC_SECONDS", 1),
-            cache=int(_number(environ, "CACHE_MB", 100) * 1_000_000),
-            password_file=_password_file(environ),
-            authenticate=_actions(environ.get("AUTHENTICATE", "update")),
-            fallback_url=_url(environ, "FALLBACK_URL"),
-            private_names=tuple(
-                map(normalize, _words(environ.get("PRIVATE_NAMES", "")))
-            ),
-            overwrite=_yes_or_no(environ, "OVERWRITE"),
-            max_upload=_max_upload(environ),
-            health_endpoint=_endpoint(environ.get("HEALTH_ENDPOINT") or "/health"),
-            welcome_file=_file(environ, "WELCOME_FILE"),
+            root=root,
+            bucket_name=said["BUCKET_NAME"],
+            remote=remote,
+            sync_seconds=_number(said, "SYNC_SECONDS"),
+            cache_bytes=int(_number(said, "CACHE_MB") * 1_000_000),
+            password_file=_password_file(said),
+            authenticate=_actions(said["AUTHENTICATE"]),
+            fallback_url=_url(said, "FALLBACK_URL"),
+            private_names=tuple(map(normalize, _split(said["PRIVATE_NAMES"]))),
+            overwrite=_yes_or_no(said, "OVERWRITE"),
+            max_upload=int(_number(said, "MAX_UPLOAD_MB") * 1_000_000),
+            health_endpoint=_endpoint(said["HEALTH_ENDPOINT"]),
+            welcome_file=_file(said, "WELCOME_FILE"),
+            hosted=hosted,
+            cloud_project=environ.get("GOOGLE_CLOUD_PROJECT", ""),
         )
 
 
-def _places(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Where distributions lie. The ancestor's words and their meaning are kept."""
-    dev = environ.get("TIER", "dev") in ("dev", "")
-    bucket, remote = (
-        environ.get("BUCKET_NAME", ""),
-        environ.get("REMOTE_PACKAGE_DIRECTORY"),
-    )
-    if not dev and not bucket:
+def _places(said: Mapping[str, str]) -> tuple[Path, str]:
+    """The local directory, and the remote one; as the ancestor of this program did."""
+    tier, bucket = said["TIER"], said["BUCKET_NAME"]
+    if tier != "dev" and not bucket:
         raise SettingsError(
-            f"TIER is {environ['TIER']!r}, so a bucket is needed: set BUCKET_NAME, or leave "
-            "TIER out to serve a local directory."
+            f"TIER is {tier!r}, which needs a bucket: set BUCKET_NAME, or leave TIER "
+            "out to serve a local directory."
         )
-    root = environ.get("LOCAL_PACKAGE_DIRECTORY") or (
-        "packages" if dev else "/tmp/packages"
-    )
-    if not bucket and remote and Path(remote).absolute() == Path(root).absolute():
-        raise SettingsError(
-            f"LOCAL_PACKAGE_DIRECTORY and REMOTE_PACKAGE_DIRECTORY are both {remote!r}; "
-            "the one is kept in step with the other, so they have to differ."
-        )
-    return {
-        "root": Path(root),
-        "bucket_name": bucket,
-        "remote": remote or ("packages" if bucket else ""),
-    }
+    default = "packages" if tier == "dev" else "/tmp/packages"
+    root = Path(said["LOCAL_PACKAGE_DIRECTORY"] or default)
+    remote = said["REMOTE_PACKAGE_DIRECTORY"]
+    if remote and not bucket and Path(remote).absolute() == root.absolute():
+        same = "LOCAL_PACKAGE_DIRECTORY and REMOTE_PACKAGE_DIRECTORY are both"
+        raise SettingsError(f"{same} {remote!r}; leave the second out to serve it.")
+    return root, remote or ("packages" if bucket else "")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.replace(",", " ").split())
+def _split(text: str) -> list[str]:
+    return text.replace(",", " ").split()
 
 
 def _actions(text: str) -> frozenset[str]:
-    words = frozenset(_words(text)) - {"."}
-    if unknown := words - ACTIONS:
+    words = frozenset(_split(text))
+    if words == {"."}:
+        return frozenset()
+    if not words <= {"list", "download", "update"}:
         raise SettingsError(
-            f"AUTHENTICATE names {', '.join(sorted(unknown))!r}; it takes list, "
-            'download and update (separated by commas), or "." for none.'
-        )
-    if "." in _words(text) and words:
-        raise SettingsError(
-            f'AUTHENTICATE is {text!r}: "." means that nothing needs a user and '
-            "stands alone; leave it out or leave the others out."
+            f"AUTHENTICATE is {text!r}; it takes list, download and update, separated "
+            'by commas, or "." alone when nothing needs a user.'
         )
     return words
 
 
-def _yes_or_no(environ: Mapping[str, str], name: str) -> bool:
-    value = environ.get(name, "").strip().lower()
-    if value not in YES | NO:
-        raise SettingsError(f"{name} is {value!r}; say yes or no.")
-    return value in YES
+def _yes_or_no(said: Mapping[str, str], name: str) -> bool:
+    if said[name].lower() not in YES + NO:
+        raise SettingsError(f"{name} is {said[name]!r}; say yes or no.")
+    return said[name].lower() in YES
 
 
-def _number(environ: Mapping[str, str], name: str, default: float) -> float:
-    text = environ.get(name, "").strip()
-    if not re.fullmatch(r"(\d{1,9}(\.\d{1,9})?)?", text, re.ASCII):
-        raise SettingsError(f"{name} is {text!r}; it takes a number, 0 or more.")
-    return float(text) if text else default
+def _number(said: Mapping[str, str], name: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", said[name], re.ASCII):
+        raise SettingsError(f"{name} is {said[name]!r}; it takes a number, 0 or more.")
+    return float(said[name])
 
 
-def _max_upload(environ: Mapping[str, str]) -> int:
-    # App Engine and Cloud Run end any request above 32 MB themselves, with an answer
-    # that names no reason; refusing first lets us say why.
-    hosted = "GAE_ENV" in environ or "K_SERVICE" in environ
-    return int(_number(environ, "MAX_UPLOAD_MB", 32 if hosted else 0) * 1_000_000)
-
-
-def _url(environ: Mapping[str, str], name: str) -> str:
-    value = environ.get(name, "").strip().rstrip("/")
-    if value and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", value):
-        raise SettingsError(f"{name} is {value!r}; it takes an http(s) URL.")
-    return value
+def _url(said: Mapping[str, str], name: str) -> str:
+    if said[name] and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", said[name]):
+        raise SettingsError(f"{name} is {said[name]!r}; it takes an http(s) URL.")
+    return said[name].rstrip("/")
 
 
 def _endpoint(path: str) -> str:
     if not re.fullmatch(r"/[a-z0-9/_-]*[a-z0-9_-]", path, re.I | re.ASCII):
-        raise SettingsError(
-            f"HEALTH_ENDPOINT is {path!r}; it takes a path such as /health."
-        )
+        raise SettingsError(f"HEALTH_ENDPOINT is {path!r}; it takes a path: /health.")
     if path.split("/")[1] in ("simple", "packages", "pypi", "legacy", "RPC2"):
         raise SettingsError(f"HEALTH_ENDPOINT is {path!r}, which has another use here.")
     return path
 
 
-def _file(environ: Mapping[str, str], name: str) -> Path | None:
-    if not (value := environ.get(name, "")):
-        return None
-    if not os.access(value, os.R_OK) or not os.path.isfile(value):
-        raise SettingsError(f"{name} is {value!r}, which is not a readable file.")
-    return Path(value)
+def _file(said: Mapping[str, str], name: str) -> Path | None:
+    if said[name] and not os.access(said[name], os.R_OK):
+        raise SettingsError(f"{name} is {said[name]!r}, which is not a readable file.")
+    return Path(said[name]) if said[name] else None
 
 
-def _password_file(environ: Mapping[str, str]) -> Path | None:
+def _password_file(said: Mapping[str, str]) -> Path | None:
     """The file of users: as set, or htpasswd.txt here or beside this module.
 
     The default need not exist: it is used from the moment somebody makes it.
     """
-    if environ.get("PASSWORD_FILE") == ".":  # pypiserver's word for "no passwords"
-        if environ.get("AUTHENTICATE") != ".":
-            raise SettingsError("-P . (no passwords) needs -a . (nothing needs a user)")
+    if said["PASSWORD_FILE"] == ".":  # pypiserver's word for "no passwords"
+        if said["AUTHENTICATE"] != ".":
+            raise SettingsError(
+                "-P . (no passwords) needs -a . (nothing needs a user)."
+            )
         return None
     here = Path("htpasswd.txt").absolute()
     beside = Path(__file__).with_name("htpasswd.txt")
     default = beside if beside.is_file() and not here.is_file() else here
-    return _file(environ, "PASSWORD_FILE") or default
+    return _file(said, "PASSWORD_FILE") or default
 
 
 # ---- 3. Names and versions -----------------------------------------------------------
@@ -290,12 +287,15 @@ def _password_file(environ: Mapping[str, str]) -> Path | None:
 _NAME = re.compile(r"[A-Z0-9]([A-Z0-9._-]*[A-Z0-9])?", re.I | re.ASCII)
 # 255 bytes is the longest name common file systems take; ".metadata" has to fit too.
 _SAFE = re.compile(r"[A-Z0-9][A-Z0-9._+!-]{0,239}", re.I | re.ASCII)
-_WHEEL = re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I)
-_EGG = re.compile(r"([^-]+)-([^-]+)(?:-py\d[\d.]*(?:-.+)?)?\.egg", re.I)
-_INSTALLER = re.compile(
-    r"(.+?)-(\d[^-]*?)(?:\.(?:win|linux)[\w-]*?)?(?:-py\d[\d.]*)?\.(?:exe|msi)", re.I
+_BUILT = (
+    re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I),
+    re.compile(r"([^-]+)-([^-]+)(?:-py\d[\d.]*(?:-.+)?)?\.egg", re.I),
+    re.compile(
+        r"(.+?)-(\d[^-]*?)(?:\.(?:win|linux)[\w-]*?)?(?:-py\d[\d.]*)?\.(?:exe|msi)",
+        re.I,
+    ),
 )
-_ARCHIVE = re.compile(r"(.+)\.(?:tar\.gz|zip|tgz|tar\.bz2|tar\.xz|tar\.Z|tar)", re.I)
+_SDIST = re.compile(r"(.+)\.(?:tar\.gz|zip|tgz|tar\.bz2|tar\.xz|tar\.Z|tar)", re.I)
 _VERSION = re.compile(
     r"""v? (?:(?P<epoch>\d+)!)? (?P<release>\d+(?:\.\d+)*)
     (?:[-_.]? (?P<pre>alpha|a|beta|b|preview|pre|c|rc) [-_.]? (?P<pre_n>\d*))?
@@ -331,10 +331,9 @@ def parse_filename(name: str, project: str = "") -> Parsed | None:
     if not _SAFE.fullmatch(name):
         return None
     parts: Sequence[str] | None = None
-    built = (_WHEEL, _EGG, _INSTALLER)
-    if match := next(filter(None, (p.fullmatch(name) for p in built)), None):
+    if match := next(filter(None, (kind.fullmatch(name) for kind in _BUILT)), None):
         parts = match.groups()
-    elif match := _ARCHIVE.fullmatch(name):
+    elif match := _SDIST.fullmatch(name):
         parts = _split_sdist(match[1], project)
     owner = to_project(parts[0]) if parts else None
     return Parsed(Filename(name), owner, parts[1]) if parts and owner else None
@@ -363,15 +362,8 @@ def version_key(version: str) -> tuple[Any, ...]:
     return (True, int(part["epoch"] or 0), release, _pre(part), post, dev, _local(part))
 
 
-def is_final(key: tuple[Any, ...]) -> bool:
-    """Is this the key of a version that is neither a pre-release nor a dev release?"""
-    return bool(key[0]) and key[3] == (2,) and key[5] == float("inf")
-
-
 def _pre(part: Mapping[str, str | None]) -> tuple[Any, ...]:
-    if letters := part["pre"]:
-        # alpha < beta < candidate: the first letters are in order once c, pre and
-        # preview are read as rc.
+    if letters := part["pre"]:  # alpha < beta < rc, which c, pre and preview also mean
         kind = letters[0].lower()
         return (1, kind if kind in "ab" else "rc", int(part["pre_n"] or 0))
     return (0,) if part["dev"] and not part["post"] else (2,)
@@ -382,41 +374,36 @@ def _local(part: Mapping[str, str | None]) -> tuple[Any, ...]:
     return tuple((1, int(s), "") if s.isdigit() else (0, 0, s) for s in segments if s)
 
 
+def is_final(key: tuple[Any, ...]) -> bool:
+    """Is this the key of a version that is neither a pre-release nor a dev release?"""
+    return bool(key[0]) and key[3] == (2,) and key[5] == float("inf")
+
+
 # ---- 4. Requests and responses -------------------------------------------------------
 # A Request is a thin reading of the WSGI environ. A Response is a value: those of pages
 # are made once and answered many times, so nothing may change one.
 
 STATUS = {
     200: "OK",
-    206: "Partial Content",
     301: "Moved Permanently",
     302: "Found",
-    304: "Not Modified",
 }
 TEXT = "text/plain; charset=utf-8"
-
-
 CHUNK = 256 << 10  # bytes per read; larger ones gain nothing measurable
-DIGESTS: dict[str, Callable[[], Any]] = {
-    "sha256_digest": hashlib.sha256,
-    "md5_digest": partial(hashlib.md5, usedforsecurity=False),
-    "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
-}
+COMPANIONS = (".metadata", ".asc", ".yanked")  # of a distribution, by their suffix
 
 
 class Addition(NamedTuple):
-    """A distribution that a request added. `source` is its staged file."""
+    """A distribution that a request added; `source` is its staged file."""
 
     filename: Filename
     project: Project
     version: str
     source: Path
     size: int
-    sha256: str
-    requires_python: str
-    core_metadata: str
-    uploader: str
+    facts: Facts
     signature: bytes
+    uploader: str
     overwrite: bool
 
 
@@ -436,36 +423,20 @@ class Response:
     changes: tuple[Addition | Removal, ...] = ()
 
 
-NOTHING: Mapping[str, str] = {}
-
-
+@dataclass(slots=True)
 class Request:
-    """One request: environ, method, path (decoded, below SCRIPT_NAME), route, user."""
+    """One request. The path is decoded and below SCRIPT_NAME."""
 
-    __slots__ = (
-        "args",
-        "environ",
-        "method",
-        "path",
-        "project",
-        "route",
-        "staged",
-        "started",
-        "unread",
-        "user",
-    )
-
-    def __init__(self, environ: WSGIEnvironment) -> None:
-        self.environ = environ
-        self.method: str = environ["REQUEST_METHOD"]
-        self.path: str = environ.get("PATH_INFO") or "/"
-        self.route: Route | None = None
-        self.project = Project("")  # the one that the path names, if it names one
-        self.args: Mapping[str, str] = NOTHING  # what else the path names
-        self.started = time.monotonic()
-        self.user = ""  # who is known to ask; "" if nobody had to say
-        self.unread: int | None = None  # bytes of the body; None: none was asked for
-        self.staged: list[Path] = []  # files to be gone when the request is over
+    environ: WSGIEnvironment
+    method: str
+    path: str
+    started: float  # monotonic seconds
+    route: Route | None = None
+    project: Project = Project("")  # the one that the path names, if it names one
+    args: Mapping[str, str] = field(default_factory=dict)  # what else the path names
+    user: str = ""  # who is known to ask; "" if nobody had to say
+    unread: int | None = None  # bytes of the body; None: none was asked for
+    staged: list[Path] = field(default_factory=list)  # to be gone when it is over
 
     def header(self, name: str) -> str:
         return str(self.environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
@@ -488,20 +459,26 @@ class Request:
 
 def wanted(request: Request) -> tuple[Project | None, str]:
     """The project and, for a download, the distribution that a path is about."""
-    name = request.args.get("file", "").removesuffix(".metadata").removesuffix(".asc")
+    name = distribution_of(request.args.get("file", ""))
     if request.project or not name:
         return request.project or None, name
     parsed = parse_filename(name)
     return parsed.project if parsed else None, name
 
 
+def distribution_of(name: str) -> str:
+    """The distribution that a companion belongs to; any other name as it is."""
+    suffix = next(filter(name.endswith, COMPANIONS), "")
+    return name.removesuffix(suffix)
+
+
 def text_response(status: int, message: str, *headers: tuple[str, str]) -> Response:
-    """A sentence for a person, in the reason phrase (for twine) and in the body."""
+    """A sentence for a person, in the body and, when refusing, in the reason phrase."""
     body = f"{message}\n".encode()
-    reason = STATUS[status] if status < 400 else _reason(message)
+    reason = STATUS.get(status) or _reason(message)  # which is all that twine shows
+    plain = (("Content-Type", TEXT), ("X-Content-Type-Options", "nosniff"))
     length = ("Content-Length", str(len(body)))
-    kinds = (("Content-Type", TEXT), ("X-Content-Type-Options", "nosniff"), length)
-    return Response(f"{status} {reason}", (*kinds, *headers), (body,))
+    return Response(f"{status} {reason}", (*headers, *plain, length), (body,))
 
 
 def _reason(message: str) -> str:
@@ -513,30 +490,47 @@ def _reason(message: str) -> str:
 
 def redirect(location: str, status: int = 302) -> Response:
     """A relative location survives every prefix that a proxy adds or strips."""
-    headers = (("Location", location), ("Content-Length", "0"))
-    return Response(f"{status} {STATUS[status]}", headers)
+    return text_response(status, f"See {location}", ("Location", location))
+
+
+def relative(here: str, there: str) -> str:
+    """The way from one path to another that does not name the root."""
+    return "../" * (here.count("/") - 1) + there[1:]
+
+
+def with_query(path: str, request: Request) -> str:
+    query = request.environ.get("QUERY_STRING", "")
+    return f"{path}?{quote(query, safe='=&+%/')}" if query else path
+
+
+def already_exists(request: Request, filename: str) -> HTTPError:
+    # twine knows a duplicate by 400 and these words; uv, poetry and pdm by 409.
+    return HTTPError(
+        400 if "twine" in request.header("User-Agent") else 409,
+        f"File already exists: {filename} is here with other bytes. "
+        "Raise the version, or start the server with --overwrite.",
+    )
 
 
 # ---- 5. Users and passwords ----------------------------------------------------------
 # An htpasswd file is read when it changes, every line checked at once. One table maps
-# each format to the function that computes its digest. A login that was verified is
+# the formats to the functions that compute their digests. A login that was right is
 # remembered by a keyed hash, in memory, until the file changes.
 
-ITOA64 = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-SCRYPT_LN = 14  # 2**14 x 8 x 128 bytes = 16 MiB and some 40 ms a check: fits a 384 MB
-# instance with two workers, as one check at a time runs in each.
+SCRYPT_LN = 14  # 2**14 * 8 * 128 bytes are 16 MiB, some 40 ms: fits a 384 MB instance
+# with two workers, as each runs one check at a time.
 MAX_AUTHORIZATION = 4096  # bytes; sha-crypt's time grows with the password's length
+_ITOA64 = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-Groups = Mapping[str, str | Any]
-Scheme = tuple[re.Pattern[str], Callable[[bytes, Groups], str]]
+Compute = Callable[..., str]  # (password: bytes, *groups of the pattern) -> digest
+Check = Callable[[bytes], bool]
 
 
 def hash_password(password: str) -> str:
     """Hash a password for an htpasswd line or get_app(users=...), with scrypt."""
-    salt = _b64(os.urandom(16))
-    stem = f"$scrypt$ln={SCRYPT_LN},r=8,p=1${salt}$"
-    group = {"ln": SCRYPT_LN, "r": 8, "p": 1, "salt": salt, "digest": "A" * 43}
-    return stem + _scrypt(password.encode(), group)
+    cost, salt = (str(SCRYPT_LN), "8", "1"), _b64(os.urandom(16))
+    digest = _scrypt(password.encode(), *cost, salt, "A" * 43)
+    return "$scrypt$ln={},r={},p={}$".format(*cost) + f"{salt}${digest}"
 
 
 def _b64(data: bytes) -> str:
@@ -547,78 +541,72 @@ def _unb64(text: str) -> bytes:
     return base64.b64decode(text.replace(".", "+") + "=" * (-len(text) % 4))
 
 
-def _scrypt(password: bytes, group: Groups) -> str:
-    n, r, p = 1 << int(group["ln"]), int(group["r"]), int(group["p"])
-    size = len(_unb64(group["digest"]))
-    memory = 128 * n * r + 128 * r * p + (1 << 20)  # what OpenSSL asks for, and slack
-    key = hashlib.scrypt(
-        password, salt=_unb64(group["salt"]), n=n, r=r, p=p, maxmem=memory, dklen=size
-    )
+def _scrypt(password: bytes, ln: str, r: str, p: str, salt: str, digest: str) -> str:
+    cost = {"n": 1 << int(ln), "r": int(r), "p": int(p)}
+    memory = 128 * cost["r"] * (cost["n"] + cost["p"] + 2) + (1 << 20)  # and slack
+    size = len(_unb64(digest))
+    key = hashlib.scrypt(password, salt=_unb64(salt), maxmem=memory, dklen=size, **cost)
     return _b64(key)
 
 
-def _pbkdf2(password: bytes, group: Groups) -> str:
-    size = len(_unb64(group["digest"]))
-    name, salt, rounds = group["hash"], _unb64(group["salt"]), int(group["rounds"])
-    key = hashlib.pbkdf2_hmac(name or "sha1", password, salt, rounds, size)
+def _pbkdf2(password: bytes, name: str, rounds: str, salt: str, digest: str) -> str:
+    size, name = len(_unb64(digest)), name or "sha1"
+    key = hashlib.pbkdf2_hmac(name, password, _unb64(salt), int(rounds), size)
     return _b64(key).replace("+", ".")
 
 
-def _sha1(password: bytes, group: Groups) -> str:
-    return base64.b64encode(hashlib.sha1(password).digest()).decode()
+def _sha1(password: bytes, digest: str) -> str:
+    return _b64(hashlib.sha1(password).digest()) + "="
 
 
-def _bcrypt(password: bytes, group: Groups) -> str:
+def _bcrypt(password: bytes, digest: str) -> str:
     import bcrypt
 
     # bcrypt has always ignored what follows the 72nd byte; its package now refuses it.
-    return str(bcrypt.hashpw(password[:72], group["digest"].encode()).decode())
+    return str(bcrypt.hashpw(password[:72], digest.encode()).decode())
 
 
-def _md5_crypt(password: bytes, group: Groups) -> str:
-    """$1$ and $apr1$, after the description of FreeBSD's crypt and Apache's."""
-    salt, magic = group["salt"].encode(), f"${group['magic']}$".encode()
-    first = hashlib.md5(password + salt + password).digest()
-    start = password + magic + salt + _fill(first, len(password))
-    for bit in _bits(len(password)):
-        start += b"\0" if bit else password[:1]
-    digest = _rounds("md5", hashlib.md5(start).digest(), password, salt, 1000)
-    triples = [(i, i + 6, i + 12 if i < 4 else 5) for i in range(5)]
-    return "".join(_to64(digest, *t) for t in triples) + _to64(digest, 11, size=2)
+def _md5_crypt(password: bytes, magic: str, salt: str, digest: str) -> str:
+    """$1$ and $apr1$, as FreeBSD and Apache define them."""
+    salted, length = salt.encode(), len(password)
+    fill = _fill(hashlib.md5(password + salted + password).digest(), length)
+    start = password + f"${magic}$".encode() + salted + fill
+    for i in range(length.bit_length()):
+        start += b"\0" if length >> i & 1 else password[:1]
+    hashed = _stir("md5", start, password, salted, 1000)
+    places = [(i, i + 6, i + 12 if i < 4 else 5) for i in range(5)]
+    return "".join(_to64(hashed, *p) for p in places) + _to64(hashed, 11)[:2]
 
 
-def _sha_crypt(password: bytes, group: Groups) -> str:
+def _sha_crypt(password: bytes, kind: str, rounds: str, salt: str, digest: str) -> str:
     """$5$ and $6$ (Drepper, "Unix crypt using SHA-256 and SHA-512")."""
-    name = "sha256" if group["kind"] == "5" else "sha512"
-    salt, length = group["salt"].encode(), len(password)
-    first = hashlib.new(name, password + salt + password).digest()
-    start = password + salt + _fill(first, length)
-    for bit in _bits(length):
-        start += first if bit else password
-    digest = hashlib.new(name, start).digest()
+    name, salted, length = (
+        {"5": "sha256", "6": "sha512"}[kind],
+        salt.encode(),
+        len(password),
+    )
+    first = hashlib.new(name, password + salted + password).digest()
+    start = password + salted + _fill(first, length)
+    for i in range(length.bit_length()):
+        start += first if length >> i & 1 else password
+    mixed = hashlib.new(name, start).digest()[0]
     p = _fill(hashlib.new(name, password * length).digest(), length)
-    s = _fill(hashlib.new(name, salt * (16 + digest[0])).digest(), len(salt))
-    rounds = min(max(int(group["rounds"] or 5000), 1000), 999_999_999)
-    return _sha_crypt_text(_rounds(name, digest, p, s, rounds))
-
-
-def _sha_crypt_text(digest: bytes) -> str:
-    third = len(digest) // 3
+    s = _fill(hashlib.new(name, salted * (16 + mixed)).digest(), len(salted))
+    hashed = _stir(name, start, p, s, min(max(int(rounds or 5000), 1000), 999_999_999))
+    third = len(hashed) // 3
     a, b, c = 0, third, 2 * third
     text = ""
     for _ in range(third):
-        text += _to64(digest, a, b, c)
-        a, b, c = (c + 1, a + 1, b + 1) if third == 10 else (b + 1, c + 1, a + 1)
-    return text + (
-        _to64(digest, 31, 30, size=3) if third == 10 else _to64(digest, 63, size=2)
-    )
+        text += _to64(hashed, a, b, c)
+        a, b, c = (c + 1, a + 1, b + 1) if kind == "5" else (b + 1, c + 1, a + 1)
+    return text + (_to64(hashed, 31, 30)[:3] if kind == "5" else _to64(hashed, 63)[:2])
 
 
-def _rounds(name: str, digest: bytes, p: bytes, s: bytes, rounds: int) -> bytes:
+def _stir(name: str, start: bytes, p: bytes, s: bytes, rounds: int) -> bytes:
+    digest = hashlib.new(name, start).digest()
     for i in range(rounds):
-        odd = i & 1
         middle = (s if i % 3 else b"") + (p if i % 7 else b"")
-        text = (p if odd else digest) + middle + (digest if odd else p)
+        text = p + middle + digest if i & 1 else digest + middle + p
         digest = hashlib.new(name, text).digest()
     return digest
 
@@ -627,68 +615,52 @@ def _fill(digest: bytes, length: int) -> bytes:
     return (digest * (length // len(digest) + 1))[:length]
 
 
-def _bits(number: int) -> Iterator[int]:
-    while number:
-        yield number & 1
-        number >>= 1
-
-
-def _to64(digest: bytes, *places: int, size: int = 4) -> str:
+def _to64(digest: bytes, *places: int) -> str:
     value = int.from_bytes(bytes(digest[i] for i in places), "big")
-    return "".join(ITOA64[value >> 6 * i & 63] for i in range(size))
+    return "".join(_ITOA64[value >> 6 * i & 63] for i in range(4))
 
 
-_B64 = "[A-Za-z0-9./+]+"
-SCHEMES: tuple[Scheme, ...] = tuple(
-    (re.compile(pattern, re.ASCII), compute)
-    for pattern, compute in (
-        (rf"\$scrypt\$ln=(?P<ln>\d|1\d|20),r=(?P<r>\d\d?),p=(?P<p>\d\d?)"
-         rf"\$(?P<salt>{_B64})\$(?P<digest>{_B64})", _scrypt),
-        (rf"\$pbkdf2(?:-(?P<hash>sha1|sha256|sha512))?\$(?P<rounds>[1-9]\d{{0,7}})"
-         rf"\$(?P<salt>{_B64})\$(?P<digest>{_B64})", _pbkdf2),
-        (r"\{SHA\}(?P<digest>[A-Za-z0-9+/]{27}=)", _sha1),
-        (r"\$(?P<magic>apr1|1)\$(?P<salt>[^$]{0,8})\$(?P<digest>[./\w]{22})", _md5_crypt),
-        (r"\$(?P<kind>5)\$(?:rounds=(?P<rounds>\d{1,9})\$)?(?P<salt>[^$]{0,16})"
-         r"\$(?P<digest>[./\w]{43})", _sha_crypt),
-        (r"\$(?P<kind>6)\$(?:rounds=(?P<rounds>\d{1,9})\$)?(?P<salt>[^$]{0,16})"
-         r"\$(?P<digest>[./\w]{86})", _sha_crypt),
-        (r"(?P<digest>\$2[abxy]\$\d\d\$[./\w]{53})", _bcrypt),
-    )
-)  # fmt: skip
-Check = Callable[[bytes], bool]
+_B64 = r"((?:[\w./+]{4})*[\w./+]{2,4})"
+_SCHEMES: tuple[tuple[str, Compute], ...] = (
+    # Up to 256 MB a check; more would end the instance, not the password's search.
+    (
+        rf"\$scrypt\$ln=(1[0-7]|[1-9]),r=(1[0-6]|[1-9]),p=([1-9])\${_B64}\${_B64}",
+        _scrypt,
+    ),
+    (rf"\$pbkdf2(?:-(sha1|sha256|sha512))?\$([1-9]\d{{0,7}})\${_B64}\${_B64}", _pbkdf2),
+    (r"\{SHA\}([\w/+]{27}=)", _sha1),
+    (r"\$(apr1|1)\$([^$]{0,8})\$([./\w]{22})", _md5_crypt),
+    (r"\$(5)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{43})", _sha_crypt),
+    (r"\$(6)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{86})", _sha_crypt),
+    (r"(\$2[abxy]\$(?:0[4-9]|[12]\d|3[01])\$[./\w]{53})", _bcrypt),
+)
 
 
 def password_check(stored: str, where: str) -> Check:
     """Make the check of one stored hash; raise SettingsError if it cannot be used."""
-    for pattern, compute in SCHEMES:
-        if match := pattern.fullmatch(stored):
-            if compute is _bcrypt:
-                _need_bcrypt(where)
-            return partial(_is_right, compute, match.groupdict())
+    anew = "set that password anew with: python pypi_ae.py passwd FILE USER"
+    for pattern, compute in _SCHEMES:
+        if match := re.fullmatch(pattern, stored, re.ASCII):
+            if compute is _bcrypt and not _has_bcrypt():
+                need = "a bcrypt hash needs the package bcrypt"
+                raise SettingsError(f"{where}: {need}. pip install bcrypt, or {anew}")
+            return partial(_is_right, compute, match.groups())
+    kind = "DES crypt" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
     if match := re.match(r"\$[^$]*\$|\{\w+\}", stored):
         kind = f"the format {match[0]}"
-    else:
-        kind = "DES crypt" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
-    raise SettingsError(
-        f"{where}: {kind} is not accepted. Set that password anew with: "
-        "python pypi_ae.py passwd FILE USER"
-    )
+    raise SettingsError(f"{where}: {kind} is not accepted here; {anew}")
 
 
-def _is_right(
-    compute: Callable[[bytes, Groups], str], group: Groups, password: bytes
-) -> bool:
-    return hmac.compare_digest(compute(password, group), str(group["digest"]))
+def _is_right(compute: Compute, groups: Sequence[str], password: bytes) -> bool:
+    return hmac.compare_digest(compute(password, *groups), groups[-1])
 
 
-def _need_bcrypt(where: str) -> None:
+def _has_bcrypt() -> bool:
     try:
         import bcrypt  # noqa: F401 - only whether it is there
     except ImportError:
-        raise SettingsError(
-            f"{where}: a bcrypt hash needs the package bcrypt. Install it (pip install "
-            "bcrypt), or set that password anew: python pypi_ae.py passwd FILE USER"
-        ) from None
+        return False
+    return True
 
 
 class Logins(NamedTuple):
@@ -696,7 +668,7 @@ class Logins(NamedTuple):
 
     stamp: object
     checks: dict[str, Check]
-    verified: dict[bytes, str]
+    right: dict[bytes, str]
 
 
 class Users:
@@ -706,15 +678,15 @@ class Users:
         self._path = source if isinstance(source, Path) else None
         self._secret = os.urandom(32)
         self._one_at_a_time = threading.Lock()  # see SCRYPT_LN
-        table = {} if source is None or self._path else dict(source)  # type: ignore[arg-type]
-        checks = {u: password_check(h, f"user {u!r}") for u, h in table.items()}
+        users = source.items() if isinstance(source, Mapping) else ()
+        checks = {user: password_check(h, f"user {user!r}") for user, h in users}
         self._logins = Logins(None, checks, {})
         self.logins()
 
     def logins(self) -> Logins:
         """The users as they are now; the file is read again when it has changed."""
-        if self._path and (stamp := _stamp(self._path)) != self._logins.stamp:
-            text = self._path.read_text("utf-8") if stamp else ""
+        if self._path and (stamp := stamp_of(self._path)) != self._logins.stamp:
+            text = self._path.read_text("utf-8", "replace") if stamp else ""
             checks = dict(_read_users(text, self._path.name))
             self._logins = Logins(stamp, checks, {})
         return self._logins
@@ -724,24 +696,21 @@ class Users:
         logins = self.logins()
         credentials = header.encode("latin-1", "replace")[: MAX_AUTHORIZATION + 1]
         key = hashlib.blake2b(credentials, key=self._secret, digest_size=16).digest()
-        if user := logins.verified.get(key):
+        if user := logins.right.get(key):
             return user
         user, password = _basic(credentials)
-        check = logins.checks.get(user) or self._decoy(logins, user)
+        # An unknown user costs what a known one does: somebody else's check is run.
+        decoys = list(logins.checks.values())
+        decoy = decoys[zlib.crc32(user.encode() + self._secret) % len(decoys)]
         with self._one_at_a_time:
-            right = check(password)
+            right = logins.checks.get(user, decoy)(password)
         if not right or user not in logins.checks:
             raise _unauthorized(f"The password for user {user!r} is not right.")
-        logins.verified[key] = user
+        logins.right[key] = user
         return user
 
-    def _decoy(self, logins: Logins, user: str) -> Check:
-        # An unknown user costs what a known one does: somebody else's check is run.
-        checks = list(logins.checks.values())
-        return checks[zlib.crc32(user.encode() + self._secret) % len(checks)]
 
-
-def _stamp(path: Path | str) -> tuple[int, int, int] | None:
+def stamp_of(path: Path | str) -> tuple[int, int, int] | None:
     """What tells one state of a file from the next; None when there is none."""
     try:
         found = os.stat(path)
@@ -752,28 +721,24 @@ def _stamp(path: Path | str) -> tuple[int, int, int] | None:
 
 def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
     for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
         user, colon, stored = line.strip().partition(":")
-        where = f"{name}, line {number} (user {user!r})"
-        if not colon or not user:
+        if not user or user.startswith("#"):
+            continue
+        if not colon:
             raise SettingsError(f"{name}, line {number}: it should read USER:HASH.")
-        yield user, password_check(stored, where)
+        yield user, password_check(stored, f"{name}, line {number} (user {user!r})")
 
 
 def _basic(credentials: bytes) -> tuple[str, bytes]:
     """Take Basic credentials apart; raise 401 for what are none."""
-    scheme, _, encoded = credentials.partition(b" ")
     if not credentials:
         raise _unauthorized("This needs a user and a password (HTTP Basic).")
+    scheme, _, encoded = credentials.partition(b" ")
     try:
         if scheme.lower() != b"basic" or len(credentials) > MAX_AUTHORIZATION:
             raise ValueError
-        user, colon, password = base64.b64decode(
-            encoded.strip(), validate=True
-        ).partition(b":")
-        if not colon:
-            raise ValueError
+        pair = base64.b64decode(encoded.strip(), validate=True)
+        user, password = pair.split(b":", 1)
         return user.decode(), password
     except ValueError:  # binascii.Error and UnicodeDecodeError are kinds of it
         raise _unauthorized("The Authorization header is not HTTP Basic.") from None
@@ -792,6 +757,7 @@ def _unauthorized(message: str) -> HTTPError:
 
 MAX_METADATA = 4 << 20  # bytes; the largest README-laden ones on PyPI are near 1 MiB
 MAX_PIECE = 8 << 20  # bytes; a zip directory of some 80,000 files
+MAX_MEMBERS = 100_000  # of a tar file, before its PKG-INFO
 MAX_EXPANSION = 100  # times its size; source text packs 3 to 10 times
 MIN_EXPANDED = 64 << 20  # bytes that any archive may expand to, however small
 
@@ -834,23 +800,18 @@ class Bounded(io.BufferedIOBase):
 
 
 def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetadata:
-    """Read METADATA out of a wheel or PKG-INFO out of an sdist, or raise ArchiveError."""
+    """Read METADATA out of a wheel, PKG-INFO out of an sdist, or raise ArchiveError."""
     try:
-        if filename.endswith(".whl"):
-            text = _zip_member(source, size, _METADATA)
-        elif filename.endswith(".zip"):
-            text = _zip_member(source, size, _PKG_INFO)
-        else:
-            text = _tar_member(source, size)
-    except (ArchiveError, MemoryError):
+        if filename.endswith((".whl", ".zip")):
+            name = _METADATA if filename.endswith(".whl") else _PKG_INFO
+            return _parse_metadata(_zip_member(source, size, name))
+        return _parse_metadata(_tar_member(source, size))
+    except (ArchiveError, MemoryError, HTTPError):
         raise
-    except OSError as fault:
-        if fault.errno:  # the disk's fault, not the archive's
+    except Exception as fault:  # zipfile, tarfile and zlib raise some ten kinds
+        if isinstance(fault, OSError) and fault.errno:  # the disk's fault
             raise
         raise ArchiveError(f"it cannot be read: {fault}") from fault
-    except Exception as fault:  # zipfile, tarfile and zlib raise some ten kinds
-        raise ArchiveError(f"it cannot be read: {fault}") from fault
-    return _parse_metadata(text)
 
 
 def _zip_member(source: IO[bytes], size: int, name: re.Pattern[str]) -> bytes:
@@ -860,12 +821,11 @@ def _zip_member(source: IO[bytes], size: int, name: re.Pattern[str]) -> bytes:
         found = [i for i in archive.infolist() if name.fullmatch(i.filename)]
         if len(found) != 1:
             raise ArchiveError(
-                f"it holds {len(found)} files like {name.pattern!r}, not 1"
+                f"it has {len(found)} files like {name.pattern!r}, not 1"
             )
-        if found[0].file_size > MAX_METADATA:
-            raise ArchiveError(
-                f"{found[0].filename} is larger than {MAX_METADATA} bytes"
-            )
+        # Only stored and deflated: the other kinds expand without a bound.
+        if found[0].file_size > MAX_METADATA or found[0].compress_type not in (0, 8):
+            raise ArchiveError(f"{found[0].filename} is too large, or oddly packed")
         with archive.open(found[0]) as member:
             return member.read(MAX_METADATA)
 
@@ -877,17 +837,16 @@ def _tar_member(source: IO[bytes], size: int) -> bytes:
     end = max(MIN_EXPANDED, MAX_EXPANSION * size)
     plain = Bounded(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
     with tarfile.open(fileobj=plain, mode="r:") as archive:
-        while member := archive.next():
+        for _ in range(MAX_MEMBERS):
+            member = archive.next()
+            if not member or not 0 <= member.size <= end:  # CVE-2025-8194: size < 0
+                break
+            if _PKG_INFO.fullmatch(member.name) and member.isreg():
+                content = archive.extractfile(member)
+                if content and member.size <= MAX_METADATA:
+                    return content.read()
             archive.members.clear()  # type: ignore[attr-defined]  # it keeps them all
-            if _PKG_INFO.fullmatch(member.name) and (
-                content := archive.extractfile(member)
-            ):
-                if member.size > MAX_METADATA:
-                    raise ArchiveError(
-                        f"{member.name} is larger than {MAX_METADATA} bytes"
-                    )
-                return content.read()
-    raise ArchiveError("it holds no PKG-INFO")
+    raise ArchiveError("it has no PKG-INFO that can be read")
 
 
 def _parse_metadata(text: bytes) -> CoreMetadata:
@@ -899,40 +858,43 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
         key, colon, value = line.partition(":")
         if colon and not line[0].isspace():
             fields.setdefault(key.lower(), value.strip())
-    if not fields.get("name") or not fields.get("version"):
+    name, version = fields.get("name"), fields.get("version")
+    if not name or not version:
         raise ArchiveError("its metadata has no Name or no Version")
-    return CoreMetadata(
-        fields["name"], fields["version"], fields.get("requires-python", ""), text
-    )
+    return CoreMetadata(name, version, fields.get("requires-python", ""), text)
 
 
 # ---- 7. Listings ---------------------------------------------------------------------
 # A listing is what a project page is made of. It is immutable but for the answers that
 # are rendered from it, so a page is rendered once for as long as nothing changes.
 
+FILES_REMEMBERED = 10_000  # distributions in listings kept in memory: about 15 MB
+
 
 class Facts(NamedTuple):
     """What only the bytes of a distribution tell. Digests in hex; "" for none."""
 
     sha256: str
-    requires_python: str
-    core_metadata: str  # sha256 of the bytes that <file>.metadata answers
+    requires_python: str = ""
+    core_metadata: str = ""  # sha256 of the bytes that <file>.metadata answers
 
 
-def read_facts(source: IO[bytes], filename: str, size: int) -> Facts:
+def facts_of(filename: str, sha256: str, metadata: CoreMetadata) -> Facts:
+    is_wheel = filename.endswith(".whl")  # PEP 658 is for wheels
+    digest = hashlib.sha256(metadata.text).hexdigest() if is_wheel else ""
+    return Facts(sha256, metadata.requires_python, digest)
+
+
+def read_facts(source: BinaryIO, filename: str, size: int) -> Facts:
     """Read a distribution once from end to end, and its metadata where it has any."""
     sha256 = hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
     if not filename.endswith((*UPLOADABLE, ".tgz")):
-        return Facts(sha256, "", "")
+        return Facts(sha256)
     try:
         source.seek(0)
-        metadata = read_core_metadata(source, filename, size)
+        return facts_of(filename, sha256, read_core_metadata(source, filename, size))
     except ArchiveError:
-        return Facts(sha256, "", "")
-    digest = (
-        hashlib.sha256(metadata.text).hexdigest() if filename.endswith(".whl") else ""
-    )
-    return Facts(sha256, metadata.requires_python, digest)
+        return Facts(sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -944,9 +906,7 @@ class Distribution:
     version: str
     size: int  # bytes
     uploaded: float  # POSIX seconds
-    sha256: str
-    requires_python: str
-    core_metadata: str  # sha256 of its metadata; "" if that cannot be served
+    facts: Facts
     yanked: str | None  # the reason, which may be ""; None: not yanked
     signed: bool
     path: str  # where it lies
@@ -954,55 +914,51 @@ class Distribution:
     md5: str = ""  # all that is known of an object which was copied into a bucket
 
     @property
-    def hashes(self) -> dict[str, str]:
-        """The best hash that is known, in hex, by its name; often the only one."""
-        if self.sha256:
-            return {"sha256": self.sha256}
-        return {"md5": self.md5} if self.md5 else {}
-
-    @property
-    def tag(self) -> str:
-        """Its entity tag: the same bytes, the same tag, wherever they are served."""
-        return f'"{self.sha256 or self.md5 or self.stamp[0]}"'
-
-    @property
     def url(self) -> str:
         """Its address below the root of this app."""
         return f"packages/{self.project}/{quote(self.filename)}"
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The best hash that is known, in hex, by its name; {} if none is."""
+        known = (
+            {"sha256": self.facts.sha256} if self.facts.sha256 else {"md5": self.md5}
+        )
+        return known if any(known.values()) else {}
 
-FILES_REMEMBERED = 10_000  # distributions in listings kept in memory: about 15 MB
-Answer = tuple[Response, Response]  # in full, and 304
+    @property
+    def tag(self) -> str:
+        """Its entity tag: the same bytes, the same tag, wherever they are served."""
+        return f'"{self.facts.sha256 or self.md5 or self.stamp[0]}"'
+
+
+Answer = tuple["Response", "Response"]  # in full, and 304
 T = TypeVar("T")
-Source = TypeVar("Source", "Listing", "Catalog")  # what pages are rendered from
 
 
 class Listing:
     """The distributions of one project, in the order of their versions."""
 
-    __slots__ = ("answers", "by_name", "distributions", "project")
-
     def __init__(self, project: Project, found: Iterable[Distribution]) -> None:
-        key = lambda d: (version_key(d.version), d.filename)  # noqa: E731
         self.project = project
-        self.distributions = tuple(sorted(found, key=key))
+        self.distributions = sorted(found, key=_by_version)
         self.by_name = {str(d.filename): d for d in self.distributions}
         self.answers: dict[tuple[str, bool], Answer] = {}
 
-    def versions(self) -> list[str]:
-        """Every version once (PEP 700), oldest first; 1.0 and 1.0.0 are the same."""
-        return list(
-            {version_key(d.version): d.version for d in self.distributions}.values()
-        )
+    def versions(self) -> dict[tuple[Any, ...], str]:
+        """Each version once (PEP 700), oldest first; 1.0 and 1.0.0 are the same."""
+        return {version_key(d.version): d.version for d in self.distributions}
+
+
+def _by_version(found: Distribution) -> tuple[Any, ...]:
+    return version_key(found.version), found.filename
 
 
 class Catalog:
-    """The names of all projects, and the loose files that lie beside their folders."""
-
-    __slots__ = ("answers", "folders", "loose", "projects")
+    """The names of all projects: their folders, and what lies loose beside these."""
 
     def __init__(
-        self, folders: Mapping[Project, list[str]], loose: Mapping[Project, list[str]]
+        self, folders: Mapping[Project, Any], loose: Mapping[Project, Any]
     ) -> None:
         self.folders, self.loose = folders, loose
         self.projects = sorted({*folders, *loose})
@@ -1034,106 +990,41 @@ class Remembered(Generic[T]):
         return dropped[1] + 1 if dropped else 0
 
 
+class Locks:
+    """A lock per project, striped: those who wait for one seldom wait for another."""
+
+    def __init__(self) -> None:
+        self._locks = [threading.Lock() for _ in range(64)]
+
+    def of(self, project: Project) -> threading.Lock:
+        return self._locks[hash(project) % len(self._locks)]
+
+
 # ---- 8. The directory ----------------------------------------------------------------
 #     <root>/<project>/<filename>   what uploads make
 #     <root>/<filename>             loose files: listed and served, never written
 #     <root>/.pypi_ae/              uploads in progress, and facts; may be deleted
 # A listing is trusted while the folder's and the root's times stay as they were, and
 # for LOOK_SECONDS at most. Facts are computed once per file and kept as JSON lines, one
-# file per project, keyed by size, mtime and inode: no start and no worker hashes again.
+# file per project, keyed by name, size, mtime and inode: no start, and no other worker,
+# hashes again.
 
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
 ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its process
+
+Stamps = Mapping[str, tuple[int, int, int]]  # by path: size, mtime_ns, inode
+FactsByKey = dict[tuple[object, ...], Facts]  # (name, *stamp)
 
 
 class Look(NamedTuple):
     """What was seen at one look, and until when (monotonic seconds) to trust it."""
 
-    times: list[int]  # of the root and the folders, nanoseconds
-    until: float
     folders: list[str]
-    stamps: dict[str, object]
-    facts: dict[tuple[object, ...], Facts]
+    mtimes: list[int]
+    until: float
+    stamps: Stamps
+    facts: FactsByKey
     listing: Listing
-
-
-def _mtime(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def _mtimes(paths: Iterable[str]) -> list[int]:
-    return [_mtime(path) for path in paths]
-
-
-def _is_settled(mtime: int, now: int) -> bool:
-    """Would a change after `now` show in this time of a folder (both nanoseconds)?
-
-    Linux stamps in ticks of at most 10 ms, FAT and some network file systems in full
-    seconds: within the same tick a second change leaves the time as it was.
-    """
-    tick = 20_000_000 if mtime % 1_000_000_000 else 2_000_000_000
-    return now - mtime > tick
-
-
-def _distribution_of(name: str) -> str:
-    """The distribution that a companion belongs to; any other name as it is."""
-    return name.removesuffix(".yanked").removesuffix(".asc")
-
-
-def _read_yank(path: str) -> str | None:
-    """The reason of a yank: the text of <file>.yanked, 1,000 letters at most."""
-    try:
-        with open(path + ".yanked", encoding="utf-8", errors="replace") as file:
-            return " ".join(file.read(1000).split())
-    except FileNotFoundError:
-        return None
-
-
-def _compute_facts(path: str, stamp: tuple[object, ...]) -> Facts | None:
-    """Read a file for its facts; None if it goes or changes while it is read."""
-    try:
-        with open(path, "rb") as file:
-            facts = read_facts(
-                file, os.path.basename(path), os.fstat(file.fileno()).st_size
-            )
-            return facts if _stamp(path) == stamp else None
-    except OSError as fault:
-        log.warning("%s is not listed, as it cannot be read: %s", path, fault)
-        return None
-
-
-def _slice(file: Any, length: int) -> Iterator[bytes]:
-    with file:
-        while length > 0 and (chunk := file.read(min(CHUNK, length))):
-            length -= len(chunk)
-            yield chunk
-
-
-def open_staged(folder: Path) -> BinaryIO:
-    """Open a new file for an upload in progress, and sweep out those of the dead."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # swept by another worker
-            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
-                os.unlink(entry.path)
-    return open(folder / os.urandom(16).hex(), "xb", buffering=0)
-
-
-def _move(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Give a staged file its name, atomically; raise FileExistsError if it is taken."""
-    act = os.replace if overwrite else os.link
-    try:
-        act(source, target)
-    except FileNotFoundError:  # the first file of its project, or the last just went
-        target.parent.mkdir(exist_ok=True)
-        act(source, target)
-    if os.name == "posix":  # the name has to outlive a power cut, like the bytes
-        folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 class Directory:
@@ -1144,11 +1035,9 @@ class Directory:
         self.root.mkdir(parents=True, exist_ok=True)
         self.staging = self.root / ".pypi_ae" / "staging"
         self._facts = self.root / ".pypi_ae" / "facts"
-        self._catalog: tuple[int, Catalog] | None = None
+        self._catalog = (-1, Catalog({}, {}))  # and the mtime of the root
         self._looks: Remembered[Look] = Remembered()
-        # Striped: projects that are looked at for the first time do not all wait for
-        # one that has gigabytes to hash.
-        self._locks = [threading.Lock() for _ in range(64)]
+        self._locks = Locks()
 
     # What is there...
 
@@ -1157,25 +1046,26 @@ class Directory:
         if (
             look
             and time.monotonic() < look.until
-            and _mtimes(look.folders) == look.times
+            and _mtimes(look.folders) == look.mtimes
         ):
             return look.listing
-        return self._look(project)
+        with self._locks.of(project):
+            return self._look(project)
 
-    def current(self, project: Project) -> Listing:
-        return self.listing(project)
+    current = listing
 
     def find(self, project: Project, filename: str) -> Distribution | None:
         """One distribution, its facts those of the bytes that lie there now."""
         found = self.listing(project).by_name.get(filename)
-        if found and _stamp(found.path) != found.stamp:
-            found = self._look(project).by_name.get(filename)
+        if found and stamp_of(found.path) != found.stamp:
+            with self._locks.of(project):
+                found = self._look(project).by_name.get(filename)
         return found
 
     def catalog(self) -> Catalog:
-        known, mtime, now = self._catalog, _mtime(str(self.root)), time.time_ns()
-        if known and known[0] == mtime:
-            return known[1]
+        mtime, now = mtime_of(str(self.root)), time.time_ns()
+        if self._catalog[0] == mtime:
+            return self._catalog[1]
         folders: dict[Project, list[str]] = {}
         loose: dict[Project, list[str]] = {}
         with os.scandir(self.root) as entries:
@@ -1183,124 +1073,109 @@ class Directory:
                 if entry.is_dir():
                     if owner := to_project(entry.name):
                         folders.setdefault(owner, []).append(entry.name)
-                elif parsed := parse_filename(_distribution_of(entry.name)):
+                elif parsed := parse_filename(distribution_of(entry.name)):
                     loose.setdefault(parsed.project, []).append(entry.name)
         catalog = Catalog(folders, loose)
         self._catalog = (mtime if _is_settled(mtime, now) else -1, catalog)
         return catalog
 
-    def everything(self) -> Iterator[tuple[Project, Filename]]:
+    def everything(self) -> Iterator[Parsed]:
         """Every distribution there is, without its facts."""
-        catalog = self.catalog()
-        for project in catalog.projects:
-            for path in sorted(self._paths(project, catalog)):
-                if parsed := parse_filename(os.path.basename(path), project):
-                    yield project, parsed.filename
+        for project in self.catalog().projects:
+            names = map(os.path.basename, self._paths(project))
+            found = (parse_filename(name, project) for name in sorted(names))
+            yield from filter(None, found)
 
     def _look(self, project: Project) -> Listing:
-        with self._locks[hash(project) % len(self._locks)]:
-            return self._look_now(project, self._looks.get(project))
-
-    def _look_now(self, project: Project, last: Look | None) -> Listing:
-        catalog, now = self.catalog(), time.time_ns()
-        folders = [
-            str(self.root),
-            *(str(self.root / f) for f in self._folders(project, catalog)),
-        ]
-        times = _mtimes(
-            folders
-        )  # before reading: what changes meanwhile shows next time
-        stamps = {path: _stamp(path) for path in self._paths(project, catalog)}
+        last, now = self._looks.get(project), time.time_ns()
+        folders = [str(self.root), *self._folders(project)]
+        # The times come before the names: what changes meanwhile shows next time.
+        mtimes = _mtimes(folders)
+        found = {path: stamp_of(path) for path in self._paths(project)}
+        stamps = {path: stamp for path, stamp in found.items() if stamp}
+        times = (*mtimes, *(mtime for _, mtime, _ in stamps.values()))
         settled = all(_is_settled(mtime, now) for mtime in times)
         until = time.monotonic() + LOOK_SECONDS if settled else 0.0
-        if last and last.stamps == stamps:
-            look = last._replace(times=times, until=until)
-            self._looks.keep(project, look, len(stamps))
-            return last.listing
-        facts = self._facts_of(project, stamps, last.facts if last else {})
-        listing = Listing(project, self._describe(project, stamps, facts))
-        look = Look(times, until, folders, dict(stamps), facts, listing)
+        if last and last.until and last.stamps == stamps:
+            look = last._replace(mtimes=mtimes, until=until)
+        else:
+            facts = self._facts_of(project, stamps, now)
+            listing = Listing(project, self._describe(project, stamps, facts))
+            look = Look(folders, mtimes, until, stamps, facts, listing)
         self._looks.keep(project, look, len(stamps))
-        return listing
+        return look.listing
 
-    def _folders(self, project: Project, catalog: Catalog) -> list[str]:
-        spellings = catalog.folders.get(project, [])
-        return [project, *(name for name in sorted(spellings) if name != project)]
+    def _folders(self, project: Project) -> list[str]:
+        """The project's folder, and others whose name is a spelling of it."""
+        names = self.catalog().folders.get(project, ())
+        return [
+            str(self.root / name) for name in dict.fromkeys((project, *sorted(names)))
+        ]
 
-    def _paths(self, project: Project, catalog: Catalog) -> dict[str, None]:
+    def _paths(self, project: Project) -> list[str]:
         """The files of a project; of two with one name, the first folder's."""
-        names: dict[str, str] = {}
-        for folder in self._folders(project, catalog):
-            try:
-                for name in os.listdir(self.root / folder):
-                    parsed = parse_filename(_distribution_of(name), project)
+        paths: dict[str, str] = {}
+        for folder in self._folders(project):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                for name in os.listdir(folder):
+                    parsed = parse_filename(distribution_of(name), project)
                     if parsed and parsed.project == project:
-                        names.setdefault(name, str(self.root / folder / name))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-        for name in catalog.loose.get(project, ()):
-            names.setdefault(name, str(self.root / name))
-        return dict.fromkeys(names.values())
+                        paths.setdefault(name, os.path.join(folder, name))
+        for name in self.catalog().loose.get(project, ()):
+            paths.setdefault(name, os.path.join(self.root, name))
+        return list(paths.values())
 
     def _describe(
-        self, project: Project, stamps: Mapping[str, Any], facts: Mapping[Any, Facts]
+        self, project: Project, stamps: Stamps, facts: FactsByKey
     ) -> Iterator[Distribution]:
         for path, stamp in stamps.items():
             parsed = parse_filename(os.path.basename(path), project)
-            known = facts.get((os.path.basename(path), *(stamp or ())))
-            if not parsed or not known:
-                continue  # a companion, or gone since the folder was read
-            yield Distribution(
-                parsed.filename,
-                project,
-                parsed.version,
-                stamp[0],
-                stamp[1] / 1e9,
-                *known,
-                yanked=_read_yank(path) if path + ".yanked" in stamps else None,
-                signed=path + ".asc" in stamps,
-                path=path,
-                stamp=stamp,
-            )
+            known = facts.get((os.path.basename(path), *stamp))
+            if parsed and known:  # else a companion, or not readable
+                yield Distribution(
+                    *parsed,
+                    size=stamp[0],
+                    uploaded=stamp[1] / 1e9,
+                    facts=known,
+                    yanked=_read_yank(path) if path + ".yanked" in stamps else None,
+                    signed=path + ".asc" in stamps,
+                    path=path,
+                    stamp=stamp,
+                )
 
     # What its bytes tell...
 
-    def _facts_of(
-        self, project: Project, stamps: Mapping[str, Any], known: Mapping[Any, Facts]
-    ) -> dict[tuple[object, ...], Facts]:
-        names = {
-            path: os.path.basename(path) for path, stamp in stamps.items() if stamp
-        }
+    def _facts_of(self, project: Project, stamps: Stamps, now: int) -> FactsByKey:
+        last = self._looks.get(project)
         wanted = {
-            (name, *stamps[path]): path
-            for path, name in names.items()
-            if _distribution_of(name) == name
+            (os.path.basename(path), *stamp): path for path, stamp in stamps.items()
         }
-        facts: dict[tuple[object, ...], Facts]
-        facts = {key: known[key] for key in wanted if key in known}
+        wanted = {key: path for key, path in wanted.items() if parse_filename(key[0])}
+        facts: FactsByKey = {}
+        if last:
+            facts |= {key: last.facts[key] for key in wanted if key in last.facts}
         if len(facts) < len(wanted):  # another worker, or an earlier start, may know
-            loaded = self._load_facts(project)
-            facts |= {key: loaded[key] for key in wanted if key in loaded}
+            kept = self._kept_facts(project)
+            facts |= {key: kept[key] for key in wanted if key in kept}
         for key in [key for key in wanted if key not in facts]:
             if new := _compute_facts(wanted[key], key[1:]):
                 facts[key] = new
-                self._store_facts(project, key, new)
+                # A file may be rewritten within the tick of a clock: look again first.
+                if _is_settled(key[2], now):
+                    self._keep_facts(project, key, new)
         return facts
 
-    def _load_facts(self, project: Project) -> dict[tuple[object, ...], Facts]:
-        try:
-            lines = (self._facts / f"{project}.jsonl").read_bytes().splitlines()
-        except FileNotFoundError:
-            return {}
-        facts: dict[tuple[object, ...], Facts] = {}
-        for line in lines:
-            with contextlib.suppress(ValueError, TypeError):  # a line torn by a crash
-                name, size, mtime, inode, *rest = json.loads(line)
-                facts[name, size, mtime, inode] = Facts(*rest)
+    def _kept_facts(self, project: Project) -> FactsByKey:
+        facts: FactsByKey = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self._facts / f"{project}.jsonl").read_bytes().splitlines():
+                with contextlib.suppress(ValueError, TypeError):  # torn by a crash
+                    name, size, mtime, inode, *rest = json.loads(line)
+                    facts[name, size, mtime, inode] = Facts(*rest)
         return facts
 
-    def _store_facts(
-        self, project: Project, key: tuple[object, ...], facts: Facts
+    def _keep_facts(
+        self, project: Project, key: Sequence[object], facts: Facts
     ) -> None:
         line = json.dumps([*key, *facts]) + "\n"
         try:
@@ -1334,96 +1209,148 @@ class Directory:
         when others are and `new.overwrite` is not set.
         """
         target = self.root / new.project / new.filename
-        key = (new.filename, *(_stamp(new.source) or ()))
+        key = (new.filename, *(stamp_of(new.source) or ()))
         changed = self._put(new, target)
         if changed:
-            facts = Facts(new.sha256, new.requires_python, new.core_metadata)
-            self._store_facts(new.project, key, facts)
+            self._keep_facts(new.project, key, new.facts)
         if new.signature:
-            self._sign(new, target)
+            source = new.source.with_suffix(".asc")
+            source.write_bytes(new.signature)
+            os.replace(source, f"{target}.asc")
         return changed
 
     def _put(self, new: Addition, target: Path) -> bool:
         for _ in range(3):  # what is in the way may vanish before it is looked at
-            taken = new.overwrite or (self.root / new.filename).exists()
+            homes = [str(self.root), *self._folders(new.project)]
+            taken = any(os.path.exists(f"{home}/{new.filename}") for home in homes)
             there = self.find(new.project, new.filename) if taken else None
-            if there and there.sha256 == new.sha256:
+            if there and there.facts.sha256 == new.facts.sha256:
                 return False
             if there and not new.overwrite:
                 break
-            try:
-                _move(new.source, target, overwrite=new.overwrite)
-            except FileExistsError:
-                there = self.find(new.project, new.filename)
-                if there and there.sha256 == new.sha256:
-                    return False
-                continue
-            if there and there.path != str(target):
-                Path(there.path).unlink(missing_ok=True)  # it was loose: replaced, too
-            return True
+            with contextlib.suppress(FileExistsError):  # at this moment: look again
+                give_name(new.source, target, overwrite=new.overwrite)
+                if there and there.path != str(target):
+                    Path(there.path).unlink(missing_ok=True)  # replaced, though loose
+                return True
         raise FileExistsError(target)
-
-    def _sign(self, new: Addition, target: Path) -> None:
-        source = new.source.with_suffix(".asc")
-        source.write_bytes(new.signature)
-        os.replace(source, f"{target}.asc")
 
     def remove(self, found: Distribution) -> None:
         for path in (found.path, f"{found.path}.asc", f"{found.path}.yanked"):
             Path(path).unlink(missing_ok=True)
         folder = Path(found.path).parent
         if folder != self.root:
-            with contextlib.suppress(OSError):  # it holds something else: it stays
+            with contextlib.suppress(OSError):  # it holds something else, and stays
                 folder.rmdir()
 
     def tidy(self, *, dry_run: bool) -> Iterator[str]:
-        """Compute all facts, and move loose files into their folders; say what is done."""
-        catalog = self.catalog()
-        for project in catalog.projects:
-            for name in catalog.loose.get(project, ()):
+        """Compute all facts, move loose files to their folders, and say so."""
+        for project, names in sorted(self.catalog().loose.items()):
+            for name in names:
                 yield f"{name} -> {project}/{name}"
                 if not dry_run:
-                    _move(self.root / name, self.root / project / name, overwrite=False)
-                    (self.root / name).unlink()
-            if not dry_run:
-                self.listing(project)
+                    (self.root / project).mkdir(exist_ok=True)
+                    os.link(self.root / name, self.root / project / name)
+                    os.unlink(self.root / name)
+        for project in () if dry_run else self.catalog().projects:
+            self.listing(project)
 
     def warm(self) -> None:
         """Nothing is slow the first time."""
 
 
+def mtime_of(path: str) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _mtimes(paths: Iterable[str]) -> list[int]:
+    return [mtime_of(path) for path in paths]
+
+
+def _is_settled(mtime: int, now: int) -> bool:
+    """Would a change after `now` show in this mtime (both in nanoseconds)?
+
+    Linux stamps in ticks of at most 10 ms, FAT and some network file systems in full
+    seconds: within the same tick a second change leaves the time as it was.
+    """
+    tick = 20_000_000 if mtime % 1_000_000_000 else 2_000_000_000
+    return abs(now - mtime) > tick
+
+
+def _read_yank(path: str) -> str | None:
+    """The reason of a yank: the text of <file>.yanked, 1,000 letters at most."""
+    try:
+        with open(path + ".yanked", encoding="utf-8", errors="replace") as file:
+            return " ".join(file.read(1000).split())
+    except FileNotFoundError:
+        return None
+
+
+def _compute_facts(path: str, stamp: tuple[int, ...]) -> Facts | None:
+    """Read a file for its facts; None if it goes or changes while it is read."""
+    try:
+        with open(path, "rb") as file:
+            facts = read_facts(file, os.path.basename(path), stamp[0])
+            return facts if stamp_of(path) == stamp else None
+    except OSError as fault:
+        log.warning("%s is not listed, as it cannot be read: %s", path, fault)
+        return None
+
+
+def open_staged(folder: Path) -> BinaryIO:
+    """Open a new file for an upload in progress, and sweep out those of the dead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # swept by another worker
+            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                os.unlink(entry.path)
+    return open(folder / os.urandom(16).hex(), "xb", buffering=0)
+
+
+def write_staged(folder: Path, chunks: Iterable[bytes]) -> Path:
+    with open_staged(folder) as file:
+        for chunk in chunks:
+            write_all(file, chunk)
+    return Path(file.name)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:  # an unbuffered file may write less than it is given
+        view = view[file.write(view) :]
+
+
+def give_name(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Name a staged file, atomically; raise FileExistsError if the name is taken."""
+    name_it = os.replace if overwrite else os.link
+    try:
+        name_it(source, target)
+    except FileNotFoundError:  # the first file of its project, or the last just went
+        target.parent.mkdir(exist_ok=True)
+        name_it(source, target)
+    if os.name == "posix":  # the name has to outlive a power cut, like the bytes
+        folder = os.open(target.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 # ---- 9. In step with a bucket --------------------------------------------------------
-#     <prefix>/<project>/<filename>  what uploads make; facts ride in custom metadata
-#     <prefix>/<filename>            loose objects: listed and served, never written
+#     <prefix>/<project>/<filename>   what uploads make; facts are custom metadata
+#     <prefix>/<filename>             loose objects: listed and served, never written
 # `pull`, a before hook, makes current what the request reads: its project's listing
 # and, less often, that of the root. `push`, an after hook, commits what was changed
-# before it is answered; a precondition decides between writers. Between the two, handlers
-# see a Mirror: listings in memory, and a bounded cache of files on the local disk.
+# before that is answered; a precondition decides between writers. Between the two,
+# handlers see a Mirror: listings in memory, and a bounded cache of files on disk.
 
-ROOT_SECONDS = (
-    60  # times SYNC_SECONDS; the root only adds loose files to a project page
-)
-TAIL = 256 << 10  # bytes; the .dist-info of nearly every wheel lies in its last so many
+ROOT_SECONDS = 60  # times SYNC_SECONDS: to a project's page it only adds loose files
+TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last so many
 NEVER = float("-inf")
-
-
-class Object(Protocol):
-    """What a bucket tells of an object; generations tell its states apart."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def generation(self) -> int: ...
-    @property
-    def metageneration(self) -> int: ...
-    @property
-    def md5(self) -> str: ...
-    @property
-    def created(self) -> float: ...
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
+Object = Any  # gcs_rest.Object, or Stored below: they have the same attributes
+Objects = list[Object]
+Listed = tuple[Objects, list[str]]  # objects, and prefixes
 
 
 class Bucket(Protocol):
@@ -1433,234 +1360,209 @@ class Bucket(Protocol):
     of OSError when the bucket cannot be asked.
     """
 
-    def list(
-        self, prefix: str, *, delimiter: str = ""
-    ) -> tuple[list[Any], list[str]]: ...
+    def list(self, prefix: str, *, delimiter: str = "") -> Listed:
+        """Objects whose names begin so; with a delimiter, deeper ones as prefixes."""
+
     def get(self, name: str) -> Object: ...
     def read(
         self, name: str, *, generation: int, start: int = 0, stop: int | None = None
     ) -> Iterator[bytes]: ...
     def insert(
-        self,
-        name: str,
-        source: BinaryIO,
-        *,
-        metadata: Mapping[str, str],
-        if_generation: int | None = 0,
+        self, name: str, source: Any, *, metadata: Mapping[str, str], if_generation: int
     ) -> Object: ...
     def patch(
-        self,
-        name: str,
-        metadata: Mapping[str, str | None],
-        *,
-        generation: int,
-        metageneration: int,
+        self, name: str, metadata: Any, *, generation: int, metageneration: int
     ) -> Object: ...
     def delete(self, name: str, *, generation: int) -> None: ...
     def rewrite(self, name: str, to: str, *, generation: int) -> Object: ...
     def warm(self) -> None: ...
 
 
-class Root(NamedTuple):
-    """What listing the root told, when (monotonic seconds), and what it knew of."""
-
-    at: float
-    marker: int
-    loose: Mapping[Project, list[Object]]
-    catalog: Catalog
-
-
 class Known(NamedTuple):
-    """The same for one project."""
+    """What a list call told of a project, when, and which local change it knew of."""
 
-    at: float
+    at: float  # monotonic seconds
     marker: int
     objects: list[Object]
     loose: list[Object]
     listing: Listing
 
 
+class Root(NamedTuple):
+    """The same of the root."""
+
+    at: float
+    marker: int
+    catalog: Catalog  # its loose: lists of objects
+
+
 class Mirror:
     """What is known here of the distributions in a bucket."""
 
-    def __init__(
-        self, root: Path, bucket: Bucket, prefix: str, sync_seconds: float, cache: int
-    ) -> None:
+    def __init__(self, settings: Settings, bucket: Bucket, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
-        self.staging = root.absolute() / ".pypi_ae" / "staging"
-        self._cache = root.absolute() / ".pypi_ae" / "cache"
-        self._changes = root.absolute() / ".pypi_ae" / "changes"
+        own = settings.root.absolute() / ".pypi_ae"
+        self.staging = own / "staging"
+        self._cache, self._changes = own / "cache", own / "changes"
         for folder in (self._cache, self._changes):
             folder.mkdir(parents=True, exist_ok=True)
-        self._sync, self._cache_bytes = sync_seconds, cache
-        self._root: Root | None = None
+        self._sync, self._cache_bytes = settings.sync_seconds, settings.cache_bytes
+        self._root = Root(NEVER, 0, Catalog({}, {}))
         self._known: Remembered[Known] = Remembered()
-        self._root_lock = threading.Lock()
-        self._locks = [threading.Lock() for _ in range(64)]
+        self._root_lock, self._locks = threading.Lock(), Locks()
 
     # Before a request...
 
     def pull(self, request: Request) -> None:
         """List what the request will read, unless that was done within SYNC_SECONDS."""
-        started, sync = request.started, self._sync
+        now, sync = request.started, self._sync
         project, filename = wanted(request)
         if project:
-            self._since(project, started - sync, started - ROOT_SECONDS * sync)
-            known = self._known.get(project)
-            if known and known.loose:  # they are only as fresh as the root
-                self._since(project, started - sync, started - sync)
-            listing = self.listing(project)
+            listing = self._listed(project, now - sync, now - ROOT_SECONDS * sync)
+            if project in self._root.catalog.loose:  # as fresh as the root, no fresher
+                listing = self._listed(project, now - sync, now - sync)
             if not (filename in listing.by_name if filename else listing.distributions):
-                self._since(project, started, started)  # never say no from memory
+                self._listed(project, now, now)  # never say no from memory
         elif request.route and request.route.action == "update":
-            self._root_since(started - ROOT_SECONDS * sync)
+            self._listed_root(now - ROOT_SECONDS * sync)
         elif request.route and request.route.action == "list":
-            self._root_since(started - sync)
+            self._listed_root(now - sync)
 
-    def _since(self, project: Project, since: float, root_since: float) -> Listing:
+    def _listed(self, project: Project, since: float, root_since: float) -> Listing:
         """The listing of a project, no older than that; of those who wait, one asks."""
         known = self._known.get(project)
-        if known and self._is_current(known, project, since):
-            root = self._root
-            if root and self._is_current(root, ".root", root_since):
-                return known.listing
-        with self._locks[hash(project) % len(self._locks)], asking():
+        fresh = known and self._is_fresh(known, project, since)
+        if known and fresh and self._is_fresh(self._root, ".root", root_since):
+            return known.listing
+        with self._locks.of(project), asking():
             return self._list(project, since, root_since)
 
-    def _is_current(self, known: Known | Root, marker: str, since: float) -> bool:
+    def _is_fresh(self, known: Known | Root, marker: str, since: float) -> bool:
         return known.at >= since and known.marker == self._marker(marker)
 
     def _marker(self, name: str) -> int:
-        return _mtime(f"{self._changes}/{name}")
+        return mtime_of(f"{self._changes}/{name}")
 
     def _list(self, project: Project, since: float, root_since: float) -> Listing:
         known = self._known.get(project)
-        marker, at = self._marker(project), time.monotonic()
-        if known and self._is_current(known, project, since):
-            root, objects = self._root_since(root_since), known.objects
-            marker, at = known.marker, known.at
-        elif self._root and self._is_current(self._root, ".root", root_since):
+        at, marker = time.monotonic(), self._marker(project)
+        if known and self._is_fresh(known, project, since):
+            at, marker, objects = known.at, known.marker, known.objects
+            root = self._listed_root(root_since)
+        elif self._is_fresh(self._root, ".root", root_since):
             root, objects = self._root, self._objects(project)
         else:
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(1) as pool:  # side by side, for a cold start
-                pending = pool.submit(self._root_since, root_since)
+                pending = pool.submit(self._listed_root, root_since)
                 objects = self._objects(project)
                 root = pending.result()
-        loose = root.loose.get(project, [])
+        loose = root.catalog.loose.get(project, [])
         if known and (known.objects, known.loose) == (objects, loose):
-            listing = known.listing
+            listing = known.listing  # and the pages rendered from it
         else:
             listing = Listing(project, self._describe(project, [*objects, *loose]))
-        files = len(listing.distributions)
-        self._known.keep(project, Known(at, marker, objects, loose, listing), files)
+        known = Known(at, marker, objects, loose, listing)
+        self._known.keep(project, known, len(listing.distributions))
         return listing
 
     def _objects(self, project: Project) -> list[Object]:
         return self.bucket.list(f"{self.prefix}{project}/")[0]
 
-    def _root_since(self, since: float) -> Root:
-        with self._root_lock:
-            marker, at, root = self._marker(".root"), time.monotonic(), self._root
-            if root and self._is_current(root, ".root", since):
-                return root
-            with asking():
-                objects, prefixes = self.bucket.list(self.prefix, delimiter="/")
+    def _listed_root(self, since: float) -> Root:
+        with self._root_lock, asking():
+            if self._is_fresh(self._root, ".root", since):
+                return self._root
+            at, marker = time.monotonic(), self._marker(".root")
+            objects, prefixes = self.bucket.list(self.prefix, delimiter="/")
             loose: dict[Project, list[Object]] = {}
             for found in objects:
-                if parsed := parse_filename(_distribution_of(_base(found.name))):
+                if parsed := parse_filename(distribution_of(_base(found.name))):
                     loose.setdefault(parsed.project, []).append(found)
-            names = (to_project(_base(prefix.rstrip("/"))) for prefix in prefixes)
-            catalog = Catalog({n: [n] for n in names if n}, {n: [] for n in loose})
-            if root and root.catalog.projects == catalog.projects:
-                catalog = root.catalog  # and the pages rendered from it
-            self._root = Root(at, marker, loose, catalog)
+            folders = {to_project(_base(prefix[:-1])): prefix for prefix in prefixes}
+            catalog = Catalog({name: p for name, p in folders.items() if name}, loose)
+            if catalog.projects == self._root.catalog.projects:
+                catalog.answers = self._root.catalog.answers  # the rendered pages
+            self._root = Root(at, marker, catalog)
             return self._root
 
     def _describe(
         self, project: Project, objects: Iterable[Object]
     ) -> Iterator[Distribution]:
-        """Distributions from a listing; of two with one name, the one in the folder."""
+        """Distributions in a listing; of two with one name, the one in the folder."""
         names = {found.name for found in objects}
         seen: set[str] = set()
         for found in objects:
             parsed = parse_filename(_base(found.name), project)
-            if not parsed or parsed.project != project or parsed.filename in seen:
-                continue
-            seen.add(parsed.filename)
-            facts = found.metadata
-            yield Distribution(
-                *parsed,
-                found.size,
-                found.created,
-                facts.get("sha256", ""),
-                facts.get("requires-python", ""),
-                facts.get("core-metadata", ""),
-                facts.get("yanked"),
-                signed=found.name + ".asc" in names,
-                path=found.name,
-                stamp=(found.generation, found.metageneration),
-                md5=found.md5,
-            )
+            if parsed and parsed.project == project and parsed.filename not in seen:
+                seen.add(parsed.filename)
+                yield Distribution(
+                    *parsed,
+                    size=found.size,
+                    uploaded=found.created,
+                    facts=Facts(
+                        *(found.metadata.get(key, "") for key in METADATA_KEYS)
+                    ),
+                    yanked=found.metadata.get("yanked"),
+                    signed=found.name + ".asc" in names,
+                    path=found.name,
+                    stamp=(found.generation, found.metageneration),
+                    md5=found.md5,
+                )
 
     # What handlers read...
 
     def catalog(self) -> Catalog:
-        return (self._root or self._root_since(NEVER)).catalog
+        return self._root.catalog
 
     def listing(self, project: Project) -> Listing:
-        known = self._known.get(project)
-        return known.listing if known else self._since(project, NEVER, NEVER)
+        return self._listed(project, NEVER, NEVER)
 
     def current(self, project: Project) -> Listing:
         now = time.monotonic()
-        return self._since(project, now, now)
+        return self._listed(project, now, now)
 
     def find(self, project: Project, filename: str) -> Distribution | None:
         return self.listing(project).by_name.get(filename)
 
-    def everything(self) -> Iterator[tuple[Project, Filename]]:
+    def everything(self) -> Iterator[Parsed]:
         with asking():
             objects, _ = self.bucket.list(self.prefix)
         for found in objects:
             *folder, name = found.name[len(self.prefix) :].split("/")
             parsed = parse_filename(name, *folder[:1])
             if parsed and folder in ([], [parsed.project]):
-                yield parsed.project, parsed.filename
+                yield parsed
 
     def content(
         self, found: Distribution, start: int, stop: int
     ) -> BinaryIO | Iterator[bytes]:
-        """Bytes from the cache; else from the bucket, kept on their way if they are all."""
-        path = self._cached(found)
+        """Bytes out of the cache; else of the bucket, and kept if they are all."""
         with contextlib.suppress(FileNotFoundError):
-            file = open(path, "rb")  # noqa: SIM115 - the server closes it, when sent
-            os.utime(path)  # the least recently used go first
+            file = open(self._cached(found), "rb")  # noqa: SIM115 - the server does
+            os.utime(file.name)  # the least recently used go first
             file.seek(start)
             return file
         chunks = self._read(found, start, stop)
-        whole = (start, stop) == (0, found.size) and found.size <= self._cache_bytes
+        whole = stop - start == found.size <= self._cache_bytes
         return self._keep(found, chunks) if whole else chunks
 
     def _cached(self, found: Distribution, suffix: str = "") -> Path:
         # The generation is in the name: what was replaced elsewhere is never found.
-        return self._cache / f"{_generation(found)}-{found.filename}{suffix}"
+        return self._cache / f"{found.stamp[0]}-{found.filename}{suffix}"
 
     def _read(self, found: Distribution, start: int, stop: int) -> Iterator[bytes]:
-        try:
-            with asking():
-                return self.bucket.read(
-                    found.path, generation=_generation(found), start=start, stop=stop
-                )
-        except (FileNotFoundError, FileExistsError):
-            self._touch(
-                found.project
-            )  # list again: it was replaced or removed elsewhere
-            raise changed_meanwhile(found.filename) from None
+        place = {"generation": found.stamp[0], "start": start, "stop": stop}
+        with asking():
+            try:
+                return self.bucket.read(found.path, **place)
+            except FileNotFoundError:
+                self._touch(found.project)  # list again: it was replaced or removed
+                raise changed_meanwhile(found) from None
 
     def _keep(self, found: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass chunks on while they are written; the cache gets them when all have come.
+        """Pass chunks on while they are written; the cache has them when all have come.
 
         The bucket's checksum is compared before the last chunk is passed on, so neither
         a client nor the cache ever has a damaged file that looks whole.
@@ -1669,9 +1571,9 @@ class Mirror:
         try:
             with file:
                 for chunk in chunks:
-                    file.write(chunk)
+                    write_all(file, chunk)
                     yield chunk
-            if not found.sha256:
+            if not found.facts.sha256:
                 self._learn(found, file.name)
             self._cache_file(found, Path(file.name))
         finally:
@@ -1681,33 +1583,27 @@ class Mirror:
         """Move a file into the cache, and the least recently used out of it."""
         os.replace(source, self._cached(found, suffix))
         with contextlib.suppress(FileNotFoundError):  # another worker does the same
-            states = [
-                (e.stat().st_mtime, e.stat().st_size, e.path)
-                for e in os.scandir(self._cache)
-            ]
-            excess = sum(size for _, size, _ in states) - self._cache_bytes
-            for _, size, path in sorted(states):
-                if excess <= 0:
-                    break
-                os.unlink(path)
-                excess -= size
+            states = [(e.stat(), e.path) for e in os.scandir(self._cache)]
+            excess = sum(state.st_size for state, _ in states) - self._cache_bytes
+            for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
+                if excess > 0:
+                    os.unlink(path)
+                    excess -= state.st_size
 
     def _learn(self, found: Distribution, path: str) -> None:
         """Write the facts of an object that was copied in by hand to its metadata."""
+        generation, metageneration = found.stamp
         try:
             with open(path, "rb") as file:
-                self._annotate(found, read_facts(file, found.filename, found.size))
-        except OSError as fault:  # the file was served; its facts can wait
+                facts = read_facts(file, found.filename, found.size)
+            self.bucket.patch(
+                found.path,
+                object_metadata(facts),
+                generation=generation,
+                metageneration=metageneration,
+            )
+        except OSError as fault:  # the file is served all the same; its facts can wait
             log.warning("the facts of %s were not written: %s", found.path, fault)
-
-    def _annotate(self, found: Distribution, facts: Facts) -> None:
-        generation, metageneration = found.stamp
-        self.bucket.patch(
-            found.path,
-            object_metadata(facts),
-            generation=generation,
-            metageneration=metageneration,
-        )
         self._touch(found.project)
 
     def core_metadata(self, found: Distribution) -> bytes:
@@ -1715,25 +1611,21 @@ class Mirror:
         path = self._cached(found, ".metadata")
         with contextlib.suppress(FileNotFoundError):
             return path.read_bytes()
-        source: IO[bytes] = Ranged(found.size, partial(self._read, found))  # type: ignore[assignment]
+        source: Any = Ranged(found.size, partial(self._read, found))
         with contextlib.suppress(FileNotFoundError):
-            source = open(self._cached(found), "rb")  # noqa: SIM115
+            source = open(self._cached(found), "rb")  # noqa: SIM115 - closed below
         with source, asking():
             text = read_core_metadata(source, found.filename, found.size).text
-        with open_staged(self.staging) as file:
-            file.write(text)
-        self._cache_file(found, Path(file.name), ".metadata")
+        self._cache_file(found, write_staged(self.staging, [text]), ".metadata")
         return text
 
     def signature(self, found: Distribution) -> bytes:
         with asking():
-            name = found.path + ".asc"
-            return b"".join(
-                self.bucket.read(name, generation=self.bucket.get(name).generation)
-            )
+            there = self.bucket.get(f"{found.path}.asc")
+            return b"".join(self.bucket.read(there.name, generation=there.generation))
 
     def warm(self) -> None:
-        """Fetch credentials and open a connection before the first request needs them."""
+        """Fetch credentials and open a connection before a request needs them."""
         with asking():
             self.bucket.warm()
 
@@ -1750,67 +1642,76 @@ class Mirror:
     def push(self, request: Request, response: Response) -> Response | None:
         """Commit what a request changed to the bucket, before it is answered."""
         for change in response.changes:
-            try:
+            if isinstance(change, Removal):
                 with asking():
-                    if isinstance(change, Removal):
-                        self._delete(change.distribution)
-                    elif not self._insert(change):
-                        here = f"OK: {change.filename} was here already."
-                        response = text_response(200, here)
-            except FileExistsError:
-                if isinstance(change, Addition):
-                    raise already_exists(request, change.filename) from None
-                raise changed_meanwhile(change.distribution.filename) from None
+                    self._delete(change.distribution)
+            elif not self._insert(request, change):
+                response = text_response(
+                    200, f"OK: {change.filename} was here already."
+                )
         return response
 
-    def _insert(self, new: Addition) -> bool:
+    def _insert(self, request: Request, new: Addition) -> bool:
         """Store a distribution; False if the same bytes are there already."""
         name = f"{self.prefix}{new.project}/{new.filename}"
-        stored, there = None, self._loose_object(new)
+        with asking():
+            try:
+                changed, replaced = self._replace(new, name)
+            except FileExistsError:
+                raise already_exists(request, new.filename) from None
+            if new.signature:
+                self._sign(f"{name}.asc", new.signature)
+        is_new = new.project not in self._root.catalog.folders
+        self._touch(new.project, root=is_new or replaced)
+        return changed
+
+    def _replace(self, new: Addition, name: str) -> tuple[bool, bool]:
+        """Did the bucket change, and was something in the way?"""
+        there = self._loose_object(new)
         if not there:
             try:
-                stored = self._store(new, name, 0)
+                self._store(new, name, 0)
+                return True, False
             except FileExistsError:
                 there = self.bucket.get(name)
-        if there and not _is_same(there, new):
-            if not new.overwrite:
-                raise FileExistsError(name)
-            stored = self._store(
-                new, name, there.generation if there.name == name else 0
-            )
-            if there.name != name:
-                self.bucket.delete(there.name, generation=there.generation)
-        if new.signature:
-            self._sign(name, new.signature)
-        known = self._root and new.project in self._root.catalog.folders
-        self._touch(new.project, root=not known or bool(there))
-        if stored:
-            self._cache_file(next(self._describe(new.project, [stored])), new.source)
-        return stored is not None
+        if _is_same(there, new):
+            return False, True
+        if not new.overwrite:
+            raise FileExistsError(name)
+        self._store(new, name, there.generation if there.name == name else 0)
+        if there.name != name:
+            self.bucket.delete(there.name, generation=there.generation)
+        return True, True
 
     def _loose_object(self, new: Addition) -> Object | None:
-        loose = self._root.loose.get(new.project, ()) if self._root else ()
+        loose = self._root.catalog.loose.get(new.project, ())
         return next((o for o in loose if _base(o.name) == new.filename), None)
 
-    def _store(self, new: Addition, name: str, if_generation: int) -> Object:
-        facts = Facts(new.sha256, new.requires_python, new.core_metadata)
-        metadata = object_metadata(facts, uploader=new.uploader)
+    def _store(self, new: Addition, name: str, if_generation: int) -> None:
+        metadata = object_metadata(new.facts, new.uploader)
         with open(new.source, "rb") as file:
-            return self.bucket.insert(
+            stored = self.bucket.insert(
                 name, file, metadata=metadata, if_generation=if_generation
             )
+        self._cache_file(next(self._describe(new.project, [stored])), new.source)
 
     def _sign(self, name: str, signature: bytes) -> None:
         with contextlib.suppress(FileExistsError):  # signed before
-            self.bucket.insert(f"{name}.asc", io.BytesIO(signature), metadata={})
+            source = io.BytesIO(signature)
+            self.bucket.insert(name, source, metadata={}, if_generation=0)
 
     def _delete(self, found: Distribution) -> None:
-        with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
-            self.bucket.delete(found.path, generation=_generation(found))
+        try:
+            self.bucket.delete(found.path, generation=found.stamp[0])
             if found.signed:
-                signature = self.bucket.get(found.path + ".asc")
+                signature = self.bucket.get(f"{found.path}.asc")
                 self.bucket.delete(signature.name, generation=signature.generation)
-        self._touch(found.project)
+        except FileNotFoundError:
+            pass  # somebody else was quicker
+        except FileExistsError:
+            raise changed_meanwhile(found) from None
+        finally:
+            self._touch(found.project)
 
     def _touch(self, project: Project, *, root: bool = True) -> None:
         """Tell all workers of this instance to list a project again, and the root."""
@@ -1819,92 +1720,68 @@ class Mirror:
             os.utime(self._changes / name, ns=(time.time_ns(),) * 2)
 
     def tidy(self, *, dry_run: bool) -> Iterator[str]:
-        """Give every object its facts, and loose ones their folder; say what is done."""
-        for project, filename in sorted(self.everything()):
-            found = self.listing(project).by_name[filename]
-            home = f"{self.prefix}{project}/{filename}"
-            if not found.sha256:
+        """Give each object its facts, and loose ones their folder; say what is done."""
+        for filename, project, _ in sorted(self.everything()):
+            found = self.current(project).by_name[filename]
+            home, generation = f"{self.prefix}{project}/{filename}", found.stamp[0]
+            if not found.facts.sha256:
                 yield f"facts of {found.path}"
                 if not dry_run:
-                    self._annotate(found, self._facts(found))
+                    self._fetch(found)
             if found.path != home:
                 yield f"{found.path} -> {home}"
                 if not dry_run:
-                    generation = _generation(found)
                     self.bucket.rewrite(found.path, home, generation=generation)
                     self.bucket.delete(found.path, generation=generation)
                     self._touch(project)
 
-    def _facts(self, found: Distribution) -> Facts:
-        with open_staged(self.staging) as file:
-            file.writelines(self._read(found, 0, found.size))
-        try:
-            with open(file.name, "rb") as staged:
-                return read_facts(staged, found.filename, found.size)
-        finally:
-            os.unlink(file.name)
+    def _fetch(self, found: Distribution) -> None:
+        for _ in self._keep(found, self._read(found, 0, found.size)):
+            pass  # on its way into the cache it is learned from
 
 
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """Turn the bucket's faults into 503; what it says of one object passes."""
+    """Turn what the bucket's driver raises into an answer."""
     try:
         yield
-    except (FileExistsError, FileNotFoundError):
-        raise
     except OSError as fault:
         log.error("the bucket cannot be asked: %s", fault)
         why = "The bucket cannot be reached now; nothing was changed. Try again."
         raise HTTPError(503, why, Retry_After="5") from fault
 
 
-def already_exists(request: Request, filename: Filename) -> HTTPError:
-    # twine knows a duplicate by 400 and these words; uv, poetry and pdm by 409.
-    status = 400 if "twine" in request.header("User-Agent") else 409
-    return HTTPError(
-        status,
-        f"File already exists: {filename} is here with other bytes. "
-        "Raise the version, or start the server with --overwrite.",
-    )
-
-
-def changed_meanwhile(filename: str) -> HTTPError:
-    why = f"{filename} changed in the bucket at this moment. Try again."
+def changed_meanwhile(found: Distribution) -> HTTPError:
+    why = f"{found.filename} changed in the bucket at this moment. Try again."
     return HTTPError(503, why, Retry_After="1")
 
 
+METADATA_KEYS = ("sha256", "requires-python", "core-metadata")  # Facts, in their order
+
+
 def object_metadata(facts: Facts, uploader: str = "") -> dict[str, str]:
-    """Facts as an object's custom metadata: the README names the keys."""
-    found = dict(
-        zip(("sha256", "requires-python", "core-metadata"), facts, strict=True)
-    )
-    return {
-        key: value for key, value in {**found, "uploader": uploader}.items() if value
-    }
+    """Facts as the custom metadata of an object: the README names the keys."""
+    found = dict(zip((*METADATA_KEYS, "uploader"), (*facts, uploader), strict=True))
+    return {key: value for key, value in found.items() if value}
 
 
 def _is_same(there: Object, new: Addition) -> bool:
     if sha256 := there.metadata.get("sha256"):
-        return sha256 == new.sha256
+        return bool(sha256 == new.facts.sha256)
     with open(new.source, "rb") as file:
-        return there.md5 == hashlib.file_digest(file, DIGESTS["md5_digest"]).hexdigest()
+        return bool(there.md5 == hashlib.file_digest(file, "md5").hexdigest())
 
 
 def _base(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _generation(found: Distribution) -> int:
-    return found.stamp[0]
-
-
 class Ranged(io.RawIOBase):
-    """A file read through ranges, its tail first: enough for zipfile to find a member."""
+    """A file read in ranges, its tail first: enough for zipfile to find a member."""
 
     def __init__(self, size: int, fetch: Callable[[int, int], Iterable[bytes]]) -> None:
         self._size, self._fetch = size, fetch
-        self._at = 0
-        self._start, self._window = size, b""
+        self._at, self._start, self._window = 0, size, b""
 
     def seekable(self) -> bool:
         return True
@@ -1919,141 +1796,129 @@ class Ranged(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         stop = self._size if size < 0 else min(self._at + size, self._size)
         if not self._start <= self._at <= stop <= self._start + len(self._window):
-            tail = max(0, self._size - TAIL)
-            self._start = tail if self._at >= tail else self._at
-            end = self._size if self._at >= tail else max(stop, self._at + TAIL)
-            self._window = b"".join(self._fetch(self._start, min(end, self._size)))
+            self._start = min(self._at, max(0, self._size - TAIL))
+            end = min(max(stop, self._start + TAIL), self._size)
+            self._window = b"".join(self._fetch(self._start, end))
         data = self._window[self._at - self._start : stop - self._start]
         self._at += len(data)
         return data
 
 
-class StoredFile(NamedTuple):
-    """An Object of a Folder."""
+class Stored(NamedTuple):
+    """An object of a Folder."""
 
     name: str
     size: int
     generation: int
-    metageneration: int
     created: float
     metadata: Mapping[str, str]
+    metageneration: int = 1
     md5: str = ""
 
 
 class Folder:
     """A plain directory that stands for a bucket: development, network disks, tests.
 
-    Metadata lie in <root>/.pypi_ae/metadata, a JSON file each; a generation is an mtime.
+    Its facts are those of a Directory, so it needs no place for metadata, and its
+    generations are mtimes.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
-        self._own = self.root / ".pypi_ae"
+        self._files = Directory(root)
         self._lock = threading.Lock()
-        (self._own / "metadata").mkdir(parents=True, exist_ok=True)
 
-    def list(self, prefix: str, *, delimiter: str = "") -> tuple[list[Any], list[str]]:
-        objects: list[Any] = []
-        prefixes: list[str] = []
-        with contextlib.suppress(FileNotFoundError):
-            for name in sorted(os.listdir(self.root / prefix)):
-                if name.startswith("."):
-                    continue
-                if (self.root / prefix / name).is_file():
-                    objects.append(self.get(prefix + name))
-                elif delimiter:
-                    prefixes.append(f"{prefix}{name}/")
-                else:
-                    objects += self.list(f"{prefix}{name}/")[0]
-        return objects, prefixes
+    def list(self, prefix: str, *, delimiter: str = "") -> Listed:
+        catalog = self._files.catalog()
+        if delimiter:
+            found = [d for p in catalog.loose for d in self._distributions(p, "")]
+            return found, [f"{name}/" for name in catalog.folders]
+        if prefix:
+            return self._distributions(Project(prefix.rstrip("/")), prefix), []
+        folders = [
+            (project, f) for project in catalog.projects for f in ("", f"{project}/")
+        ]
+        return [
+            d for project, f in folders for d in self._distributions(project, f)
+        ], []
 
-    def get(self, name: str) -> StoredFile:
-        found = os.stat(self.root / name)
-        try:
-            metadata = json.loads(self._metadata(name).read_bytes())
-        except FileNotFoundError:
-            metadata = {}
-        kept = metadata if metadata.get("generation") == found.st_mtime_ns else {}
-        times = (found.st_mtime_ns, kept.get("metageneration", 1), found.st_mtime)
-        return StoredFile(name, found.st_size, *times, kept.get("metadata", {}))
+    def _distributions(self, project: Project, folder: str) -> Objects:
+        found = self._files.listing(project).distributions
+        homes = {folder + d.filename: d for d in found}
+        return [
+            self._object(name, d)
+            for name, d in homes.items()
+            if d.path == str(self._files.root / name)
+        ]
 
-    def _metadata(self, name: str) -> Path:
-        return self._own / "metadata" / (quote(name, safe="") + ".json")
+    def _object(self, name: str, found: Distribution) -> Stored:
+        metadata = object_metadata(found.facts)
+        if found.yanked is not None:
+            metadata["yanked"] = found.yanked
+        return Stored(name, found.size, found.stamp[1], found.uploaded, metadata)
+
+    def get(self, name: str) -> Object:
+        project, _, filename = name.rpartition("/")
+        parsed = parse_filename(filename, project)
+        if parsed:
+            for found in self._distributions(parsed.project, project and f"{project}/"):
+                if found.name == name:
+                    return found
+        raise FileNotFoundError(name)
+
+    def _check(self, name: str, generation: int) -> Path:
+        there = self.get(name)
+        if generation and there.generation != generation:
+            raise FileExistsError(f"{name} has generation {there.generation} by now")
+        return self._files.root / name
 
     def read(
         self, name: str, *, generation: int, start: int = 0, stop: int | None = None
     ) -> Iterator[bytes]:
-        self._check(name, generation)
-        file = open(self.root / name, "rb")  # noqa: SIM115 - _slice closes it
+        file = open(self._check(name, generation), "rb")  # noqa: SIM115 - slice_of does
         file.seek(start)
-        return _slice(file, (self.get(name).size if stop is None else stop) - start)
-
-    def _check(self, name: str, generation: int, metageneration: int = 0) -> StoredFile:
-        there = self.get(name)
-        if there.generation != generation:
-            raise FileExistsError(f"{name} has generation {there.generation} by now")
-        if metageneration and there.metageneration != metageneration:
-            raise FileExistsError(f"{name} has metageneration {there.metageneration}")
-        return there
+        return slice_of(file, (sys.maxsize if stop is None else stop) - start)
 
     def insert(
-        self,
-        name: str,
-        source: BinaryIO,
-        *,
-        metadata: Mapping[str, str],
-        if_generation: int | None = 0,
-    ) -> StoredFile:
+        self, name: str, source: Any, *, metadata: Mapping[str, str], if_generation: int
+    ) -> Object:
         source.seek(0)
-        with open_staged(self._own / "staging") as file:
-            while chunk := source.read(CHUNK):
-                file.write(chunk)
+        staged = write_staged(
+            self._files.staging, iter(partial(source.read, CHUNK), b"")
+        )
         try:
             with self._lock:
                 if if_generation:
                     self._check(name, if_generation)
-                target, replaces = self.root / name, if_generation != 0
-                _move(Path(file.name), target, overwrite=replaces)
-                return self._annotate(self.get(name), metadata)
+                target = self._files.root / name
+                give_name(staged, target, overwrite=bool(if_generation))
+                return self.get(name)
         finally:
-            Path(file.name).unlink(missing_ok=True)
-
-    def _annotate(
-        self, there: StoredFile, metadata: Mapping[str, str | None]
-    ) -> StoredFile:
-        kept = {
-            k: v for k, v in {**there.metadata, **metadata}.items() if v is not None
-        }
-        number = there.metageneration + 1
-        content = {"generation": there.generation, "metageneration": number}
-        self._metadata(there.name).write_text(json.dumps({**content, "metadata": kept}))
-        return there._replace(metageneration=number, metadata=kept)
+            staged.unlink(missing_ok=True)
 
     def patch(
-        self,
-        name: str,
-        metadata: Mapping[str, str | None],
-        *,
-        generation: int,
-        metageneration: int,
-    ) -> StoredFile:
-        with self._lock:
-            there = self._check(name, generation, metageneration)
-            return self._annotate(there, metadata)
+        self, name: str, metadata: Any, *, generation: int, metageneration: int
+    ) -> Object:
+        return self.get(
+            name
+        )  # its facts are those of its bytes: there is nothing to write
 
     def delete(self, name: str, *, generation: int) -> None:
         with self._lock:
-            self._check(name, generation)
-            (self.root / name).unlink()
-            self._metadata(name).unlink(missing_ok=True)
+            self._check(name, generation).unlink()
 
-    def rewrite(self, name: str, to: str, *, generation: int) -> StoredFile:
-        there = self._check(name, generation)
-        with open(self.root / name, "rb") as file:
-            return self.insert(to, file, metadata=there.metadata)
+    def rewrite(self, name: str, to: str, *, generation: int) -> Object:
+        with open(self._check(name, generation), "rb") as file:
+            return self.insert(to, file, metadata={}, if_generation=0)
 
     def warm(self) -> None:
         """Nothing is slow the first time."""
+
+
+def slice_of(file: Any, length: int) -> Iterator[bytes]:
+    with file:
+        while length > 0 and (chunk := file.read(min(CHUNK, length))):
+            length -= len(chunk)
+            yield chunk
 
 
 # ---- 10. Pages -----------------------------------------------------------------------
@@ -2069,11 +1934,12 @@ LATEST = {
     "application/vnd.pypi.simple.latest+json": JSON,
     "application/vnd.pypi.simple.latest+html": HTML_V1,
 }
+Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
 
 
 @lru_cache(maxsize=256)  # clients send a handful of different headers
 def negotiate(accept: str) -> str:
-    """Choose a content type for an Accept header (PEP 691, RFC 9110); or raise 406.
+    """Choose a content type for an Accept header (PEP 691, RFC 9110), or raise 406.
 
     A type asked for by name beats one that only a wildcard lets in at the same q.
     """
@@ -2095,13 +1961,9 @@ def _preference(offer: str, ranges: Mapping[str, float]) -> tuple[float, int, in
 def _weighted(header: str) -> Iterator[tuple[str, float]]:
     for item in header.split(","):
         name, *parameters = (part.strip().lower() for part in item.split(";"))
-        weights = [p[2:].strip() for p in parameters if p.startswith("q=")]
-        q = weights[0] if weights else "1"
+        q = next((p[2:].strip() for p in parameters if p.startswith("q=")), "1")
         if name:
-            yield (
-                name,
-                float(q) if re.fullmatch(r"[01](\.\d{0,3})?", q, re.ASCII) else 0.0,
-            )
+            yield name, float(q) if re.fullmatch(r"[01](\.\d{0,3})?", q, re.A) else 0.0
 
 
 @lru_cache(maxsize=256)
@@ -2112,9 +1974,10 @@ def takes_gzip(accept_encoding: str) -> bool:
 
 def requested_type(request: Request) -> str:
     """What ?format= says, else what Accept says."""
-    query = request.environ.get("QUERY_STRING")
-    if query and (formats := parse_qs(query).get("format")):
-        return negotiate(formats[-1])
+    if query := request.environ.get("QUERY_STRING"):
+        formats = parse_qs(query.replace("+", "%2B")).get("format")  # v1+json
+        if formats:
+            return negotiate(formats[-1])
     return negotiate(request.environ.get("HTTP_ACCEPT", ""))
 
 
@@ -2129,9 +1992,8 @@ def page_response(
     gzip = takes_gzip(request.environ.get("HTTP_ACCEPT_ENCODING", ""))
     answer = source.answers.get((kind, gzip))
     if answer is None:
-        render = to_json if kind == JSON else to_html
-        answer = _represent(render(source).encode(), kind, gzip=gzip)
-        source.answers[kind, gzip] = answer
+        text = to_json(source) if kind == JSON else to_html(source)
+        answer = source.answers[kind, gzip] = _represent(text.encode(), kind, gzip=gzip)
     tags = request.environ.get("HTTP_IF_NONE_MATCH")
     return (
         answer[1] if tags and _names_tag(tags, answer[0].headers[0][1]) else answer[0]
@@ -2140,14 +2002,16 @@ def page_response(
 
 def _represent(body: bytes, kind: str, *, gzip: bool) -> Answer:
     tag = hashlib.sha256(body).hexdigest()[:32]
-    content_type = kind if kind == JSON else f"{kind}; charset=utf-8"
     kept = (
         ("ETag", f'"{tag}-{OFFERS.index(kind)}{"z" if gzip else ""}"'),
         # Asked again each time, answered 304: a new upload is seen at once.
         ("Cache-Control", "no-cache"),
         ("Vary", "Accept, Accept-Encoding"),
     )
-    headers = [*kept, ("Content-Type", content_type)]
+    headers = [
+        *kept,
+        ("Content-Type", kind if kind == JSON else f"{kind}; charset=utf-8"),
+    ]
     if gzip:
         body = zlib.compress(body, 6, wbits=31)  # 31: with gzip's header
         headers.append(("Content-Encoding", "gzip"))
@@ -2159,37 +2023,36 @@ def _represent(body: bytes, kind: str, *, gzip: bool) -> Answer:
 
 def _names_tag(header: str, tag: str) -> bool:
     """Does If-None-Match name this tag (RFC 9110, 13.1.2: weak comparison)?"""
-    if header.strip() == "*":
-        return True
-    return tag in re.findall(r'"[^"]*"', header)
+    return header.strip() == "*" or tag in re.findall(r'"[^"]*"', header)
 
 
 def escape(text: str) -> Html:
     return Html(html.escape(text))
 
 
-def html_page(title: str, body: Html, head: Html = Html("")) -> Html:
+def html_page(title: str, body: str, head: str = "") -> Html:
     """The frame of every page. The empty icon keeps browsers from asking for one."""
     return Html(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'{head}<link rel="icon" href="data:,"><title>{escape(title)}</title></head>\n'
-        f"<body>\n{body}\n</body></html>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
 
-def _simple_page(title: str, lines: Iterable[str]) -> Html:
+def _simple_page(title: str, links: Iterable[str]) -> Html:
     version = f'<meta name="pypi:repository-version" content="{API_VERSION}">\n'
-    body = Html(f"<h1>{escape(title)}</h1>\n" + "\n".join(lines))
-    return html_page(title, body, Html(version))
+    return html_page(title, "\n".join(links), version)
 
 
 def _link(found: Distribution) -> Html:
     fragment = "".join(f"#{name}={digest}" for name, digest in found.hashes.items())
+    digest = found.facts.core_metadata
+    core_metadata = f"sha256={digest}" if digest else None
     attributes = {
         "href": f"../../{found.url}{fragment}",
-        "data-requires-python": found.requires_python or None,
-        "data-core-metadata": _sha256(found.core_metadata),
-        "data-dist-info-metadata": _sha256(found.core_metadata),  # for pip before 23.2
+        "data-requires-python": found.facts.requires_python or None,
+        "data-core-metadata": core_metadata,
+        "data-dist-info-metadata": core_metadata,  # its name in PEP 658, for older pip
         "data-yanked": found.yanked,
         "data-gpg-sig": "true" if found.signed else None,
     }
@@ -2199,12 +2062,9 @@ def _link(found: Distribution) -> Html:
     return Html(f"<a{text}>{escape(found.filename)}</a><br>")
 
 
-def _sha256(digest: str) -> str | None:
-    return f"sha256={digest}" if digest else None
-
-
 def _file_json(found: Distribution) -> dict[str, Any]:
     """One file of the JSON API; uv refuses a whole project for a null in it."""
+    facts = found.facts
     entry: dict[str, Any] = {
         "filename": found.filename,
         "url": f"../../{found.url}",
@@ -2213,10 +2073,10 @@ def _file_json(found: Distribution) -> dict[str, Any]:
         "upload-time": utc(found.uploaded),
         "yanked": found.yanked is not None and (found.yanked or True),
     }
-    if found.requires_python:
-        entry["requires-python"] = found.requires_python
-    if found.core_metadata:
-        entry["core-metadata"] = {"sha256": found.core_metadata}
+    if facts.requires_python:
+        entry["requires-python"] = facts.requires_python
+    if facts.core_metadata:
+        entry["core-metadata"] = {"sha256": facts.core_metadata}
     if found.signed:
         entry["gpg-sig"] = True
     return entry
@@ -2229,9 +2089,8 @@ def utc(seconds: float) -> str:
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(
-        {"meta": {"api-version": API_VERSION}, **content}, separators=(",", ":")
-    )
+    meta = {"api-version": API_VERSION}
+    return json.dumps({"meta": meta, **content}, separators=(",", ":"))
 
 
 def _project_html(listing: Listing) -> Html:
@@ -2241,10 +2100,9 @@ def _project_html(listing: Listing) -> Html:
 
 
 def _project_json(listing: Listing) -> str:
-    files = [_file_json(found) for found in listing.distributions]
-    return _json(
-        {"name": listing.project, "versions": listing.versions(), "files": files}
-    )
+    versions = list(listing.versions().values())
+    files = list(map(_file_json, listing.distributions))
+    return _json({"name": listing.project, "versions": versions, "files": files})
 
 
 def _index_html(catalog: Catalog) -> Html:
@@ -2258,27 +2116,24 @@ def _index_json(catalog: Catalog) -> str:
 
 def simple_index(app: App, request: Request) -> Response:
     """/simple/"""
-    catalog = app.files.catalog()
-    return page_response(request, catalog, _index_html, _index_json)
+    return page_response(request, app.files.catalog(), _index_html, _index_json)
 
 
 def simple_project(app: App, request: Request) -> Response:
     """/simple/<project>/"""
     listing = app.files.listing(request.project)
-    if not listing.distributions:
-        return _unknown_project(app, request)
-    return page_response(request, listing, _project_html, _project_json)
+    if listing.distributions:
+        return page_response(request, listing, _project_html, _project_json)
+    return _fall_back(app.settings, request)
 
 
-def _unknown_project(app: App, request: Request) -> Response:
+def _fall_back(settings: Settings, request: Request) -> Response:
     """Send it to the fallback index, unless the name is one that must stay here."""
-    settings, project = app.settings, request.project
+    project = request.project
     private = any(fnmatch.fnmatchcase(project, p) for p in settings.private_names)
     if private or not settings.fallback_url:
         raise HTTPError(404, f"There is no project {project!r} here.")
-    query = request.environ.get("QUERY_STRING", "")
-    suffix = f"?{quote(query, safe='=&+%/')}" if query else ""
-    return redirect(f"{settings.fallback_url}/{project}/{suffix}")
+    return redirect(with_query(f"{settings.fallback_url}/{project}/", request))
 
 
 # ---- 11. Downloads -------------------------------------------------------------------
@@ -2295,42 +2150,28 @@ TYPES = {
 
 def download(app: App, request: Request) -> Response:
     """/packages/<project>/<filename>, and <filename>.metadata and .asc beside it."""
-    name, (project, filename) = request.args["file"], wanted(request)
+    project, filename = wanted(request)
     found = app.files.find(project, filename) if project else None
-    if not found:
-        raise HTTPError(404, f"There is no file {request.path!r} here.")
-    if name.endswith(".metadata"):
-        return _core_metadata_response(app, request, found)
-    if name.endswith(".asc"):
-        return _signature_response(app, request, found)
-    return _file_response(app, request, found)
+    suffix = request.args["file"][len(filename) :]
+    if found and not suffix:
+        return _file_response(app, request, found)
+    if found and suffix == ".metadata" and found.facts.core_metadata:
+        with contextlib.suppress(ArchiveError):
+            body = app.files.core_metadata(found)
+            return _whole(app, request, body, f'"{found.facts.core_metadata}"')
+    if found and suffix == ".asc" and found.signed:
+        body = app.files.signature(found)
+        return _whole(app, request, body, f'"{hashlib.sha256(body).hexdigest()}"')
+    raise HTTPError(404, f"There is no file {request.path!r} here.")
 
 
-def _core_metadata_response(
-    app: App, request: Request, found: Distribution
-) -> Response:
-    """PEP 658: the bytes whose hash the page promises, or 404."""
-    if not found.core_metadata:
-        raise HTTPError(404, f"{found.filename!r} has no readable core metadata.")
-    body = app.files.core_metadata(found)
-    return _whole_response(app, request, body, f'"{found.core_metadata}"')
-
-
-def _signature_response(app: App, request: Request, found: Distribution) -> Response:
-    if not found.signed:
-        raise HTTPError(404, f"{found.filename!r} has no signature.")
-    body = app.files.signature(found)
-    return _whole_response(app, request, body, f'"{hashlib.sha256(body).hexdigest()}"')
-
-
-def _whole_response(app: App, request: Request, body: bytes, tag: str) -> Response:
+def _whole(app: App, request: Request, body: bytes, tag: str) -> Response:
     headers = (("ETag", tag), ("Cache-Control", _lifetime(app)))
     if (tags := request.header("If-None-Match")) and _names_tag(tags, tag):
         return Response("304 Not Modified", headers)
     plain = (("Content-Type", TEXT), ("X-Content-Type-Options", "nosniff"))
-    return Response(
-        "200 OK", (*headers, *plain, ("Content-Length", str(len(body)))), (body,)
-    )
+    length = ("Content-Length", str(len(body)))
+    return Response("200 OK", (*headers, *plain, length), (body,))
 
 
 def _lifetime(app: App) -> str:
@@ -2339,7 +2180,7 @@ def _lifetime(app: App) -> str:
 
 
 def _file_response(app: App, request: Request, found: Distribution) -> Response:
-    tag, modified = found.tag, _http_date(found.uploaded)
+    tag, modified, size = found.tag, _http_date(found.uploaded), found.size
     headers = [
         ("ETag", tag),
         ("Last-Modified", modified),
@@ -2347,20 +2188,19 @@ def _file_response(app: App, request: Request, found: Distribution) -> Response:
     ]
     if _is_unchanged(request, tag, modified):
         return Response("304 Not Modified", tuple(headers))
-    extension = os.path.splitext(found.filename)[1]
-    headers.append(("Content-Type", TYPES.get(extension, "application/octet-stream")))
-    headers.append(("Accept-Ranges", "bytes"))
-    status, start, stop = "200 OK", 0, found.size
-    if span := _requested_range(request, found, tag, modified):
+    kind = TYPES.get(os.path.splitext(found.filename)[1], "application/octet-stream")
+    headers += [("Content-Type", kind), ("Accept-Ranges", "bytes")]
+    status, start, stop = "200 OK", 0, size
+    if span := _requested_range(request, size, (tag, modified)):
         status, (start, stop) = "206 Partial Content", span
-        headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{found.size}"))
+        headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
     headers.append(("Content-Length", str(stop - start)))
     if request.method == "HEAD":
         return Response(status, tuple(headers))
-    content = app.files.content(found, start, stop)
-    return Response(
-        status, tuple(headers), _body(request, content, start, stop, found.size)
-    )
+    body: Iterable[bytes] = app.files.content(found, start, stop)
+    if isinstance(body, io.IOBase):
+        body = _file_body(request, body, stop - start, to_end=stop == size)
+    return Response(status, tuple(headers), body)
 
 
 def _http_date(seconds: float) -> str:
@@ -2376,45 +2216,31 @@ def _is_unchanged(request: Request, tag: str, modified: str) -> bool:
 
 
 def _requested_range(
-    request: Request, found: Distribution, tag: str, modified: str
+    request: Request, size: int, validators: tuple[str, str]
 ) -> tuple[int, int] | None:
     """The one range asked for, as [start, stop); None for the whole; 416 beyond it."""
-    validator = request.header("If-Range")
-    match = re.fullmatch(
-        r"bytes=(\d{0,18})-(\d{0,18})", request.header("Range"), re.ASCII
-    )
-    if (
-        not match
-        or match[0] == "bytes=-"
-        or (validator and validator not in (tag, modified))
-    ):
+    text, if_range = request.header("Range"), request.header("If-Range")
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text, re.ASCII)
+    if not match or text == "bytes=-" or (if_range and if_range not in validators):
         return None
-    first, last, size = match[1], match[2], found.size
-    if not first:  # the last so many bytes
-        start, stop = max(size - int(last), 0), size
-    else:
-        start, stop = int(first), min(int(last or size) + 1, size)
-        if last and int(last) < int(first):
-            return None  # not a range (RFC 9110, 14.1.1): ignored
+    first, last = match.groups()
+    if first and last and int(last) < int(first):
+        return None  # not a range (RFC 9110, 14.1.1): ignored
+    start = int(first) if first else max(size - int(last), 0)
+    stop = min(int(last) + 1, size) if first and last else size
     if start >= size:
-        message = f"{found.filename!r} has {size} bytes; {match[0]!r} is beyond them."
-        raise HTTPError(416, message, Content_Range=f"bytes */{size}")
+        why = f"The file has {size} bytes; the range {text!r} lies beyond them."
+        raise HTTPError(416, why, Content_Range=f"bytes */{size}")
     return start, stop
 
 
-def _body(
-    request: Request,
-    content: BinaryIO | Iterator[bytes],
-    start: int,
-    stop: int,
-    size: int,
+def _file_body(
+    request: Request, file: io.IOBase, length: int, *, to_end: bool
 ) -> Iterable[bytes]:
-    if not isinstance(content, io.IOBase):
-        return content
     wrapper = request.environ.get("wsgi.file_wrapper")
-    if wrapper and stop == size:  # wsgiref's sends a file to its end, whatever we say
-        return wrapper(content, CHUNK)  # type: ignore[no-any-return]
-    return _slice(content, stop - start)
+    if wrapper and to_end:  # wsgiref's sends a file to its end, whatever we say
+        return wrapper(file, CHUNK)  # type: ignore[no-any-return]
+    return slice_of(file, length)
 
 
 # ---- 12. Uploads ---------------------------------------------------------------------
@@ -2426,10 +2252,13 @@ MAX_PART_HEADERS = 8 << 10  # bytes; clients send some 150
 MAX_FIELD = 4 << 20  # bytes; a description may be as long as the metadata it comes from
 MAX_FIELDS = 2000  # classifiers, requirements and URLs repeat, each a field of its own
 MAX_FORM = 8 << 20  # bytes of all fields but the file together
-MAX_DRAIN = (
-    32 << 20
-)  # bytes read after a refusal, for clients that listen only when done
+MAX_DRAIN = 32 << 20  # bytes read after a refusal: some clients listen only then
 KEPT_FIELDS = {":action", "name", "version", "filetype", "gpg_signature"}
+DIGESTS: dict[str, Callable[[], Any]] = {
+    "sha256_digest": hashlib.sha256,
+    "md5_digest": partial(hashlib.md5, usedforsecurity=False),
+    "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -2466,8 +2295,7 @@ class MultipartParser:
 
     def feed(self, data: bytes) -> Iterator[Event]:
         self._rest += data
-        while self._step:
-            step = self._step
+        while step := self._step:
             if event := step():
                 yield event
             elif step is self._step:
@@ -2482,36 +2310,34 @@ class MultipartParser:
     def _preamble(self) -> None:
         at = self._rest.find(self._mark)
         if at >= 0:
-            self._rest = self._rest[at + len(self._mark) :]
-            self._step = self._after_mark
+            self._rest, self._step = (
+                self._rest[at + len(self._mark) :],
+                self._after_mark,
+            )
         elif len(self._rest) > MAX_PART_HEADERS:
             raise HTTPError(400, "The form does not begin with its boundary.")
 
     def _after_mark(self) -> None:
-        if len(self._rest) < 2:
-            return
         if self._rest.startswith(b"--"):
             self._step = None
             return
         padding, end, rest = self._rest.partition(b"\r\n")
-        if not end:
-            padding = padding.removesuffix(b"\r")
-        if padding.strip(b" \t") or len(padding) > 200:  # RFC 2046 lets spaces follow
+        blank = padding if end else padding.removesuffix(b"\r").removesuffix(b"-")
+        if blank.strip(b" \t") or len(padding) > 200:  # RFC 2046 lets spaces follow
             raise HTTPError(400, "A boundary of the form is followed by other text.")
         if end:
             self._rest, self._step = b"\r\n" + rest, self._headers
 
     def _headers(self) -> Event | None:
         head, end, rest = self._rest.partition(b"\r\n\r\n")
-        if len(head) > MAX_PART_HEADERS:
+        if len(head) > MAX_PART_HEADERS or self._parts >= MAX_FIELDS:
+            limits = f"{MAX_FIELDS} fields, {MAX_PART_HEADERS} bytes of headers in each"
             raise HTTPError(
-                413, f"A part has more than {MAX_PART_HEADERS} bytes of headers."
+                413, f"The form has too many parts: {limits} are the limits."
             )
         if not end:
             return None
         self._parts += 1
-        if self._parts > MAX_FIELDS:
-            raise HTTPError(413, f"The form has more than {MAX_FIELDS} fields.")
         self._rest, self._step = rest, self._body
         return _part(head)
 
@@ -2528,11 +2354,9 @@ class MultipartParser:
 
 
 _DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*(;.*)", re.I)
-_PARAMETER = re.compile(
-    rb';[ \t]*(name|filename)="([^"\r\n]*)"|;[ \t]*(name|filename)=([^;"\s]+)'
-)
-_ENCODING = re.compile(
-    rb"content-transfer-encoding:[ \t]*(?!(?:binary|7bit|8bit)[ \t]*$)", re.I
+_PARAMETER = re.compile(rb';[ \t]*(name|filename)=(?:"([^"\r\n]*)"|([^;"\s]+))')
+_CODED = re.compile(
+    rb"content-transfer-encoding:[ \t]*(?!(binary|7bit|8bit)[ \t]*$)", re.I
 )
 
 
@@ -2540,58 +2364,43 @@ def _part(head: bytes) -> PartBegins:
     """Read the headers of a part (RFC 7578, 4.2)."""
     lines = head.split(b"\r\n")
     found = [match[1] for line in lines if (match := _DISPOSITION.fullmatch(line))]
-    if len(found) != 1 or any(_ENCODING.match(line) for line in lines):
+    if len(found) != 1 or any(map(_CODED.match, lines)):
         raise HTTPError(400, "A part of the form is not plain form-data with a name.")
-    matches = _PARAMETER.findall(found[0])
     values = {
-        (m[0] or m[2]).decode(): (m[1] or m[3]).decode("utf-8", "replace")
-        for m in matches
+        k: (a or b).decode("utf-8", "replace")
+        for k, a, b in _PARAMETER.findall(found[0])
     }
-    if "name" not in values:
+    if b"name" not in values:
         raise HTTPError(400, "A part of the form has no name.")
-    return PartBegins(values["name"], values.get("filename"))
+    return PartBegins(values[b"name"], values.get(b"filename"))
 
 
-@dataclass(slots=True)
 class Form:
-    """What an upload said, and the staged file of its content."""
-
-    fields: dict[str, str] = field(default_factory=dict)
-    filename: str | None = None
-    staged: Path | None = None
-    size: int = 0
-    digests: dict[str, str] = field(default_factory=dict)  # by the name of their field
-
-    def set(self, name: str, value: bytes) -> None:
-        if name in self.fields:
-            raise HTTPError(400, f"The field {name!r} is there twice.")
-        try:
-            self.fields[name] = (
-                value.decode() if name != "gpg_signature" else value.decode("latin-1")
-            )
-        except UnicodeDecodeError:
-            raise HTTPError(400, f"The field {name!r} is not UTF-8.") from None
-
-
-class FormReader:
-    """Turns the events of one form into a Form; writes its file as it arrives."""
+    """What an upload said, and its content, staged in a file as it arrives."""
 
     def __init__(self, staging: Path) -> None:
-        self.form = Form()
+        self.fields: dict[str, str] = {}
+        self.filename = ""
+        self.staged: Path | None = None
+        self.size = 0
+        self.digests: dict[
+            str, Any
+        ] = {}  # hashes of the content, by their fields' names
         self._staging = staging
         self._file: BinaryIO | None = None
-        self._hashes: dict[str, Any] = {}
-        self._field: str | None = None
+        self._field = ""
         self._value = bytearray()
         self._total = 0
 
     def take(self, event: Event) -> None:
-        if isinstance(event, PartData):
-            (self._write if self._file else self._collect)(event.data)
-        elif isinstance(event, PartBegins):
+        if isinstance(event, PartBegins):
             self._begin(event)
-        else:
+        elif isinstance(event, PartEnds):
             self._end()
+        elif self._file:
+            self._write(self._file, event.data)
+        else:
+            self._collect(event.data)
 
     def close(self) -> None:
         if self._file:
@@ -2599,28 +2408,25 @@ class FormReader:
             self._file = None
 
     def _begin(self, part: PartBegins) -> None:
-        self._field = part.name
+        self._field, self._value = part.name, bytearray()
         if part.name != "content":
             return
-        if self.form.staged:
+        if self.staged:
             raise HTTPError(
                 400, "The form has two files in 'content'; send one a request."
             )
-        self.form.filename = part.filename
+        self.filename = part.filename or ""
         self._file = open_staged(self._staging)
-        self.form.staged = Path(self._file.name)
+        self.staged = Path(self._file.name)
         # A digest that follows the file is rare; it is computed from the staged file.
-        names = {"sha256_digest", *self.form.fields} & set(DIGESTS)
-        self._hashes = {name: DIGESTS[name]() for name in names}
+        names = {"sha256_digest"} | self.fields.keys() & DIGESTS.keys()
+        self.digests = {name: DIGESTS[name]() for name in names}
 
-    def _write(self, data: bytes) -> None:
-        assert self._file
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
-        for digest in self._hashes.values():
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        write_all(file, data)
+        for digest in self.digests.values():
             digest.update(data)
-        self.form.size += len(data)
+        self.size += len(data)
 
     def _collect(self, data: bytes) -> None:
         self._total += len(data)
@@ -2631,75 +2437,62 @@ class FormReader:
 
     def _end(self) -> None:
         if self._file:
-            os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())  # what is acknowledged outlives a power cut
             self.close()
-            self.form.digests = {n: h.hexdigest() for n, h in self._hashes.items()}
         elif self._field in KEPT_FIELDS or self._field in DIGESTS:
-            self.form.set(self._field, bytes(self._value))
-        self._value.clear()
+            if self._field in self.fields:
+                raise HTTPError(400, f"The field {self._field!r} is there twice.")
+            try:
+                self.fields[self._field] = self._value.decode()
+            except UnicodeDecodeError:
+                raise HTTPError(
+                    400, f"The field {self._field!r} is not UTF-8."
+                ) from None
 
 
 def read_form(app: App, request: Request) -> Form:
     """Read an upload's form; its file is staged, and gone when the request is over."""
-    length = _content_length(request.environ)
-    limit = app.settings.max_upload
+    length, limit = content_length(request), app.settings.max_upload
     if limit and length > limit:
         raise HTTPError(
-            413,
-            f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit}.",
+            413, f"The upload has {length} bytes; MAX_UPLOAD_MB is {limit}."
         )
-    content_type = request.environ.get("CONTENT_TYPE", "")
-    if (
-        content_type.split(";")[0].strip().lower()
-        == "application/x-www-form-urlencoded"
-    ):
-        return _read_small_form(request, length)
-    parser = MultipartParser(_boundary(content_type))
-    reader = FormReader(app.files.staging)
+    parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
+    form = Form(app.files.staging)
     try:
         for chunk in read_body(request, length):
             for event in parser.feed(chunk):
-                reader.take(event)
+                form.take(event)
         parser.close()
     finally:
-        reader.close()
-        if reader.form.staged:
-            request.staged.append(reader.form.staged)
-    return reader.form
+        form.close()
+        if form.staged:
+            request.staged.append(form.staged)
+    return form
 
 
-def _read_small_form(request: Request, length: int) -> Form:
-    if length > MAX_FIELD:
-        raise HTTPError(
-            413, f"The form has {length} bytes; a file comes as multipart/form-data."
-        )
-    body = b"".join(read_body(request, length)).decode("utf-8", "replace")
-    try:
-        return Form(dict(parse_qsl(body, max_num_fields=MAX_FIELDS)))
-    except ValueError as fault:
-        raise HTTPError(413, f"The form cannot be read: {fault}.") from None
-
-
-def _content_length(environ: WSGIEnvironment) -> int:
-    text = environ.get("CONTENT_LENGTH") or ""
+def content_length(request: Request) -> int:
+    text = request.environ.get("CONTENT_LENGTH") or ""
     if not text:
-        raise HTTPError(411, "Send the upload with a Content-Length.")
+        raise HTTPError(411, "Send the request with a Content-Length.")
     if not re.fullmatch(r"\d{1,15}", text, re.ASCII):
         raise HTTPError(400, f"Content-Length is {text!r}, which is not a length.")
     return int(text)
 
 
 def _boundary(content_type: str) -> bytes:
-    match = re.fullmatch(
-        r"multipart/form-data\s*;.*?boundary=(?:\"([^\"]{1,70})\"|([^\s;\"]{1,70}))\s*(?:;.*)?",
-        content_type,
-        re.I | re.ASCII,
-    )
-    if not match:  # 70 bytes: RFC 2046, 5.1.1
+    kind, *parameters = re.split(r"\s*;\s*", content_type.strip())
+    marks = [p[9:].strip('"') for p in parameters if p.lower().startswith("boundary=")]
+    # 70 letters: RFC 2046, 5.1.1
+    if (
+        kind.lower() != "multipart/form-data"
+        or len(marks) != 1
+        or not 0 < len(marks[0]) < 71
+    ):
         raise HTTPError(
             400, f"Content-Type is {content_type!r}, not multipart/form-data."
         )
-    return (match[1] or match[2]).encode("latin-1", "replace")
+    return marks[0].encode("latin-1", "replace")
 
 
 def read_body(request: Request, length: int) -> Iterator[bytes]:
@@ -2717,8 +2510,7 @@ def read_body(request: Request, length: int) -> Iterator[bytes]:
 def drain(request: Request) -> None:
     """Read what is left of a refused body: clients that still send see no answer."""
     with contextlib.suppress(HTTPError, OSError):  # no body, or its client is gone
-        length = _content_length(request.environ)
-        left = length if request.unread is None else request.unread
+        left = content_length(request) if request.unread is None else request.unread
         if left <= MAX_DRAIN:
             for _ in read_body(request, left):
                 pass
@@ -2742,27 +2534,36 @@ def upload(app: App, request: Request) -> Response:
 def _upload_file(app: App, request: Request, form: Form) -> Response:
     if not form.staged or not form.filename:
         raise HTTPError(400, "Missing 'content' file-field!")
-    parsed = _check_filename(form, form.filename)
+    parsed = _check_filename(form)
     _check_digests(form, form.staged)
-    overwrite = app.settings.overwrite
-    new = _addition(form, form.staged, parsed, user=request.user, overwrite=overwrite)
+    new = Addition(
+        *parsed,
+        source=form.staged,
+        size=form.size,
+        facts=_check_archive(form, form.staged, parsed),
+        signature=form.fields.get("gpg_signature", "").encode(),
+        uploader=request.user,
+        overwrite=app.settings.overwrite,
+    )
     try:
         changed = app.files.add(new)
     except FileExistsError:
         raise already_exists(request, parsed.filename) from None
     if not changed:
         return text_response(200, f"OK: {parsed.filename} was here already.")
-    done = text_response(200, f"OK: {parsed.filename} is stored.")
-    return replace(done, changes=(new,))
+    return replace(
+        text_response(200, f"OK: {parsed.filename} is stored."), changes=(new,)
+    )
 
 
-def _check_filename(form: Form, name: str) -> Parsed:
+def _check_filename(form: Form) -> Parsed:
     """The name is that of a wheel or sdist, and agrees with the rest of the form."""
-    fields = form.fields
+    name, fields = form.filename, form.fields
     parsed = parse_filename(name, normalize(fields.get("name", "")))
     if not parsed or not name.endswith(UPLOADABLE):
-        kinds = ", ".join(UPLOADABLE)
-        why = f"not that of a wheel or sdist ({kinds}; PEP 427, PEP 625)"
+        why = (
+            f"not that of a wheel or sdist ({', '.join(UPLOADABLE)}; PEP 427, PEP 625)"
+        )
         raise HTTPError(400, f"Bad filename: {name!r} is {why}.")
     kind = fields.get("filetype")
     if kind and kind != ("bdist_wheel" if name.endswith(".whl") else "sdist"):
@@ -2784,48 +2585,32 @@ def _check_agreement(
             400, f"The {where} names {name!r}, but the file is {filename!r}."
         )
     if version is not None and version_key(version) != version_key(parsed.version):
-        raise HTTPError(
-            400, f"The {where} has version {version!r}, but the file is {filename!r}."
-        )
+        why = f"The {where} has version {version!r}, but the file is {filename!r}."
+        raise HTTPError(400, why)
 
 
 def _check_digests(form: Form, staged: Path) -> None:
     """Compare every digest that the client sent with that of the bytes that came."""
-    for name in sorted(set(DIGESTS) & set(form.fields)):
+    for name in sorted(form.fields.keys() & DIGESTS.keys()):
         if name not in form.digests:
             with open(staged, "rb") as file:
-                came = hashlib.file_digest(file, DIGESTS[name]).hexdigest()
-            form.digests[name] = came
-        sent, came = form.fields[name].strip().lower(), form.digests[name]
+                form.digests[name] = hashlib.file_digest(file, DIGESTS[name])
+        sent, came = form.fields[name].strip().lower(), form.digests[name].hexdigest()
         if sent != came:
-            raise HTTPError(
-                400,
-                f"The {name} of {form.filename} is {came}, but the form says {sent!r}: "
-                "the file changed on its way. Send it again.",
-            )
+            why = f"The {name} of {form.filename} is {came}, but the form says {sent!r}"
+            raise HTTPError(400, f"{why}: the file changed on its way. Send it again.")
 
 
-def _addition(
-    form: Form, staged: Path, parsed: Parsed, *, user: str, overwrite: bool
-) -> Addition:
-    """Check what the archive says of itself, and gather what its page will say."""
+def _check_archive(form: Form, staged: Path, parsed: Parsed) -> Facts:
+    """What the archive says of itself agrees with its name."""
     try:
         with open(staged, "rb") as file:
             metadata = read_core_metadata(file, parsed.filename, form.size)
     except ArchiveError as fault:
         raise HTTPError(400, f"{parsed.filename} is broken: {fault}.") from fault
     _check_agreement(parsed, "archive's metadata", metadata.name, metadata.version)
-    is_wheel = parsed.filename.endswith(".whl")
-    return Addition(
-        *parsed,
-        source=staged,
-        size=form.size,
-        sha256=form.digests["sha256_digest"],
-        requires_python=metadata.requires_python,
-        core_metadata=hashlib.sha256(metadata.text).hexdigest() if is_wheel else "",
-        uploader=user,
-        signature=form.fields.get("gpg_signature", "").encode("latin-1"),
-        overwrite=overwrite,
+    return facts_of(
+        parsed.filename, form.digests["sha256_digest"].hexdigest(), metadata
     )
 
 
@@ -2836,7 +2621,7 @@ def _remove(app: App, form: Form) -> Response:
     if not project or not version:
         sent = f"name={name!r}, version={version!r}"
         raise HTTPError(400, f"Missing 'name'/'version' fields: {sent}")
-    listing, key = app.files.current(project), version_key(version)
+    key, listing = version_key(version), app.files.current(project)
     found = [d for d in listing.distributions if version_key(d.version) == key]
     if not found:
         raise HTTPError(404, f"{name} ({version}) not found")
@@ -2850,33 +2635,37 @@ def _remove(app: App, form: Form) -> Response:
 # What pypiserver's users and PyPI's tools ask for beside the simple index.
 
 
+def plain_response(kind: str, text: str) -> Response:
+    """An answer that is not worth remembering."""
+    body = text.encode()
+    length = ("Content-Length", str(len(body)))
+    headers = (("Content-Type", kind), ("Cache-Control", "no-cache"), length)
+    return Response("200 OK", headers, (body,))
+
+
 def project_json(app: App, request: Request) -> Response:
     """/pypi/<project>[/<version>]/json, and pypiserver's /<project>/json."""
-    listing = app.files.listing(request.project)
-    wanted, base = request.args.get("version"), request.base_url()
-    names = {version_key(version): version for version in listing.versions()}
+    listing, base = app.files.listing(request.project), request.base_url()
+    names, wanted_version = listing.versions(), request.args.get("version")
+    shown = names.get(version_key(wanted_version or _latest(listing)))
+    if shown is None:
+        raise HTTPError(404, f"There is nothing at {request.path!r}.")
     releases: dict[str, list[Any]] = {version: [] for version in names.values()}
     for found in listing.distributions:
         releases[names[version_key(found.version)]].append(_release_json(found, base))
-    shown = names.get(version_key(wanted or latest_version(listing)))
-    if shown is None:
-        what = f"{request.project} {wanted}" if wanted else request.project
-        raise HTTPError(404, f"There is no {what!r} here.")
-    info = {
-        "name": listing.project,
-        "version": shown,
-        "requires_python": releases[shown][0]["requires_python"],
-    }
-    content: dict[str, Any] = {"info": info, "urls": releases[shown]}
-    if wanted is None:
+    urls = releases[shown]
+    info = {"name": listing.project, "version": shown}
+    info["requires_python"] = urls[0]["requires_python"]
+    content = {"info": info, "urls": urls}
+    if wanted_version is None:
         content["releases"] = releases
-    return _page("application/json", json.dumps(content))
+    return plain_response("application/json", json.dumps(content))
 
 
-def latest_version(listing: Listing) -> str:
+def _latest(listing: Listing) -> str:
     """The newest; one that is yanked or no final release only if there is no other."""
 
-    def rank(found: Distribution) -> tuple[bool, bool, tuple[Any, ...]]:
+    def rank(found: Distribution) -> tuple[Any, ...]:
         key = version_key(found.version)
         return found.yanked is None, is_final(key), key
 
@@ -2887,16 +2676,15 @@ def latest_version(listing: Listing) -> str:
 def _release_json(found: Distribution, base: str) -> dict[str, Any]:
     extension = os.path.splitext(found.filename)[1]
     kinds = {".whl": "bdist_wheel", ".egg": "bdist_egg", ".exe": "bdist_wininst"}
-    kind = kinds.get(extension, "sdist")
     python = found.filename.split("-")[-3] if extension == ".whl" else "source"
     return {
         "filename": found.filename,
         "url": f"{base}/{found.url}",
         "digests": found.hashes,
         "size": found.size,
-        "packagetype": kind,
+        "packagetype": kinds.get(extension, "sdist"),
         "python_version": python,
-        "requires_python": found.requires_python or None,
+        "requires_python": found.facts.requires_python or None,
         "upload_time": utc(found.uploaded)[:19],
         "upload_time_iso_8601": utc(found.uploaded),
         "yanked": found.yanked is not None,
@@ -2904,59 +2692,48 @@ def _release_json(found: Distribution, base: str) -> dict[str, Any]:
     }
 
 
-def _page(kind: str, text: str) -> Response:
-    """An answer that is not worth remembering."""
-    body = text.encode()
-    headers = (
-        ("Content-Type", kind),
-        ("Cache-Control", "no-cache"),
-        ("Content-Length", str(len(body))),
-    )
-    return Response("200 OK", headers, (body,))
-
-
 def all_files(app: App, request: Request) -> Response:
     """/packages/: every file, for people and for pip --find-links."""
     links = (
         f'<a href="{project}/{quote(name)}">{escape(name)}</a><br>'
-        for project, name in app.files.everything()
+        for name, project, _ in app.files.everything()
     )
-    return _page(f"{HTML}; charset=utf-8", _simple_page("All files", links))
+    return plain_response(f"{HTML}; charset=utf-8", _simple_page("All files", links))
 
 
 def start_page(app: App, request: Request) -> Response:
     """/: the commands to copy, or the file that WELCOME_FILE names."""
     base = request.base_url() + "/"
     if app.settings.welcome_file:
-        return _page(f"{HTML}; charset=utf-8", _welcome(app, base))
-    install = escape(f"pip install --index-url {base}simple/ PROJECT")
-    publish = escape(f"twine upload --repository-url {base} dist/*")
-    body = (
-        "<h1>Private Python packages</h1>\n"
-        f"<p>Install:</p>\n<pre>{install}</pre>\n"
-        f"<p>Publish:</p>\n<pre>{publish}</pre>\n"
-        '<p>Look at the <a href="simple/">projects</a> or at '
-        f'<a href="packages/">all files</a>.</p>\n<p>pypi_ae {__version__}</p>'
-    )
-    page = html_page("Private Python packages", Html(body))
-    return _page(f"{HTML}; charset=utf-8", page)
+        page = _welcome(app, app.settings.welcome_file, base)
+    else:
+        install = escape(f"pip install --index-url {base}simple/ PROJECT")
+        publish = escape(f"twine upload --repository-url {base} dist/*")
+        body = (
+            f"<p>Install:</p>\n<pre>{install}</pre>\n"
+            f"<p>Publish:</p>\n<pre>{publish}</pre>\n"
+            '<p>Look at the <a href="simple/">projects</a> or at '
+            f'<a href="packages/">all files</a>.</p>\n<p>pypi_ae {__version__}</p>'
+        )
+        page = html_page("Private Python packages", body)
+    return plain_response(f"{HTML}; charset=utf-8", page)
 
 
-def _welcome(app: App, base: str) -> str:
+def _welcome(app: App, path: Path, base: str) -> str:
     """pypiserver's placeholders keep their names; NUMPKGS counts projects."""
-    assert app.settings.welcome_file
-    text = app.settings.welcome_file.read_text("utf-8")
-    values = {
-        "URL": base,
-        "VERSION": __version__,
-        "PACKAGES": f"{base}packages/",
-        "SIMPLE": f"{base}simple/",
-    }
+    text = path.read_text("utf-8")
+    values = {"URL": base, "VERSION": __version__}
+    values |= {"PACKAGES": f"{base}packages/", "SIMPLE": f"{base}simple/"}
     if "{{NUMPKGS}}" in text:
         values["NUMPKGS"] = str(len(app.files.catalog().projects))
     for name, value in values.items():
         text = text.replace("{{" + name + "}}", escape(value))
     return text
+
+
+def health(app: App, request: Request) -> Response:
+    """/health: the process answers."""
+    return text_response(200, "Ok")
 
 
 def warm_up(app: App, request: Request) -> Response:
@@ -2965,38 +2742,28 @@ def warm_up(app: App, request: Request) -> Response:
     return text_response(200, "Ok")
 
 
-def health(app: App, request: Request) -> Response:
-    """/health: the process answers."""
-    return text_response(200, "Ok")
-
-
 def to_simple(app: App, request: Request) -> Response:
     """/<project>: where people guess that a project's page is."""
     return redirect(relative(request.path, f"/simple/{request.project}/"))
-
-
-def relative(here: str, there: str) -> str:
-    """The way from one path to another that does not name the root."""
-    return "../" * (here.count("/") - 1) + there[1:]
 
 
 def search(app: App, request: Request) -> Response:
     """/RPC2: XML-RPC `search` as pip sends it, substrings of project names."""
     import xmlrpc.client
 
-    length = _content_length(request.environ)
+    length = content_length(request)
     if length > MAX_PART_HEADERS:
         raise HTTPError(413, f"A search of {length} bytes is too long.")
     body = b"".join(read_body(request, length))
     try:
-        if b"<!" in body:  # a DTD: nobody needs one, and its entities can explode
+        if b"<!" in body or b"\0" in body:  # a DTD, perhaps in UTF-16: it can explode
             raise ValueError("a DTD is not accepted")
         parameters, method = xmlrpc.client.loads(body)
         words = _search_words(method, parameters)
     except Exception as fault:  # expat's, struct's and type errors of a stranger's XML
         raise HTTPError(400, f"Invalid XML-RPC payload: {fault}.") from fault
     answer = xmlrpc.client.dumps((_search(app, words),), methodresponse=True)
-    return _page("text/xml", answer)
+    return plain_response("text/xml", answer)
 
 
 def _search_words(method: str | None, parameters: Sequence[Any]) -> list[str]:
@@ -3006,18 +2773,12 @@ def _search_words(method: str | None, parameters: Sequence[Any]) -> list[str]:
     return [normalize(w) for w in ([words] if isinstance(words, str) else words) if w]
 
 
-def _search(app: App, words: Iterable[str]) -> list[dict[str, Any]]:
-    latest: dict[Project, str] = {}
-    for project, filename in app.files.everything():
-        parsed = parse_filename(filename, project)
-        if parsed and any(word in project for word in words):
-            latest[project] = max(
-                latest.get(project, ""), parsed.version, key=version_key
-            )
-    return [
-        {"name": project, "version": version, "summary": ""}
-        for project, version in latest.items()
-    ]
+def _search(app: App, words: Sequence[str]) -> list[dict[str, str]]:
+    latest: dict[str, str] = {}
+    for _, project, version in app.files.everything():
+        if any(word in project for word in words):
+            latest[project] = max(latest.get(project, ""), version, key=version_key)
+    return [{"name": p, "version": v, "summary": ""} for p, v in latest.items()]
 
 
 # ---- 14. Routes and the app ----------------------------------------------------------
@@ -3027,18 +2788,25 @@ def _search(app: App, words: Iterable[str]) -> list[dict[str, Any]]:
 Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
+MAX_PATH = 1024  # letters; the longest path that means something has two names of 240
+NO_USERS = (
+    "Nobody may do this, as there are no users. Make one on the server with: "
+    "python pypi_ae.py passwd htpasswd.txt USER"
+)
 
 
 class Files(Protocol):
-    """What handlers need of the place where distributions are."""
+    """What handlers need of the place where distributions are: Directory and Mirror."""
 
     staging: Path
 
     def catalog(self) -> Catalog: ...
     def listing(self, project: Project) -> Listing: ...
-    def current(self, project: Project) -> Listing: ...
+    def current(self, project: Project) -> Listing:
+        """The listing as it is at this moment, for what changes it."""
+
     def find(self, project: Project, filename: str) -> Distribution | None: ...
-    def everything(self) -> Iterator[tuple[Project, Filename]]: ...
+    def everything(self) -> Iterator[Parsed]: ...
     def content(
         self, found: Distribution, start: int, stop: int
     ) -> BinaryIO | Iterator[bytes]: ...
@@ -3076,14 +2844,13 @@ ROUTES = (
     Route("POST", "/pypi/", "update", upload),
     Route("POST", "/RPC2/", "list", search),
 )
-MAX_PATH = 1024  # letters; the longest path that means something has two names of 240
 
 
 class Match(NamedTuple):
     route: Route
     project: Project
     args: Mapping[str, str]
-    canonical: str  # where to redirect to; "" if the path is as it should be
+    location: str  # where to redirect to; "" if the path is as it should be
 
 
 class Router:
@@ -3105,34 +2872,34 @@ class Router:
                 found = pattern.fullmatch(candidate)
                 if found and route.method == method:
                     return _describe_match(route, path, found.groupdict())
-        methods = {r.method for p, r in self._routes if p.fullmatch(slashed)}
-        if methods:
-            allow = ", ".join(
-                sorted(methods | ({"HEAD"} if "GET" in methods else set()))
-            )
-            raise HTTPError(
-                405, f"{method} is not allowed here; {allow} is.", Allow=allow
-            )
-        raise HTTPError(404, f"There is nothing at {path!r}.")
+        methods = {
+            r.method for pattern, r in self._routes if pattern.fullmatch(slashed)
+        }
+        if not methods:
+            raise HTTPError(404, f"There is nothing at {path!r}.")
+        allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
+        raise HTTPError(405, f"{method} is not allowed here; {allow} is.", Allow=allow)
 
 
 def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path)))
 
 
-def _describe_match(route: Route, path: str, args: Mapping[str, str]) -> Match:
+def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
     project = to_project(args["project"]) if "project" in args else Project("")
     if project is None:
         raise HTTPError(404, f"{args['project']!r} is not a project's name (PEP 508).")
-    canonical = route.path.format(**{**args, "project": project})
-    moved = route.method == "GET" and route.action != "download" and canonical != path
-    return Match(route, project, args, relative(path, canonical) if moved else "")
+    canonical = route.path.format(**args | {"project": project})
+    if route.method != "GET" or route.action == "download" or canonical == path:
+        return Match(route, project, args, "")
+    location = quote(canonical.encode("latin-1", "replace"), safe="/+!")
+    return Match(route, project, args, relative(path, location))
 
 
 class App:
-    """The WSGI application; `before` and `after` are lists of hooks, yours to extend."""
+    """The WSGI application. `before` and `after` are hooks, yours to extend."""
 
-    def __init__(self, settings: Settings, files: Files, users: Users | None) -> None:
+    def __init__(self, settings: Settings, files: Files, users: Users) -> None:
         self.settings = settings
         self.files = files
         self.users = users
@@ -3145,10 +2912,11 @@ class App:
     def __call__(
         self, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        request = Request(environ)
+        method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO") or "/"
+        request = Request(environ, method, path, time.monotonic())
         response = self.respond(request)
         start_response(response.status, list(response.headers))
-        return response.body if request.method != "HEAD" else ()
+        return response.body if method != "HEAD" else ()
 
     def respond(self, request: Request) -> Response:
         """Answer a request, whatever happens."""
@@ -3157,40 +2925,41 @@ class App:
         except HTTPError as refusal:
             response = self._refuse(request, refusal)
         except Exception:
-            log.exception("fault: %s %r", request.method, request.path)
+            self._log(logging.ERROR, request, "fault", exc_info=True)
             why = "The server failed; its log says why. Nothing was changed."
             response = self._refuse(request, HTTPError(500, why))
         finally:
             for path in request.staged:
                 path.unlink(missing_ok=True)
         if self.verbose:
-            log.info("%s %s: %s", request.method, request.path, response.status)
+            self._log(logging.INFO, request, response.status)
         return response
 
     def _respond(self, request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
-        match = self._router.match(method, request.path)
-        route = request.route = match.route
-        request.project, request.args = match.project, match.args
+        route, request.project, request.args, location = self._router.match(
+            method, request.path
+        )
+        request.route = route
         if route.action in self.settings.authenticate:
             self._authorize(request)
-        if match.canonical:
-            return redirect(_with_query(match.canonical, request), 301)
+        if location:
+            return redirect(with_query(location, request), 301)
         for before in self.before:
             before(request)
         response = route.handler(self, request)
         for after in self.after:
             response = after(request, response) or response
         for change in response.changes:
-            _log_change(request, change)
+            self._log(logging.INFO, request, _in_words(change))
         return response
 
     def _authorize(self, request: Request) -> None:
         try:
-            if not self.users or not self.users.logins().checks:
+            if not self.users.logins().checks:
                 raise HTTPError(403, NO_USERS)
             request.user = self.users.verify(request.header("Authorization"))
-        except SettingsError as fault:  # the file was edited, and cannot be used now
+        except (SettingsError, OSError) as fault:  # the file was edited, and is broken
             log.error("%s", fault)
             why = "The file of users cannot be used; the server's log says why."
             raise HTTPError(503, why, Retry_After="60") from fault
@@ -3199,31 +2968,53 @@ class App:
         if request.method not in ("GET", "HEAD"):
             drain(request)
         if why.status in (401, 403) or request.method == "POST":
-            who = request.user or request.environ.get("REMOTE_ADDR", "")
-            log.warning(
-                "refused: %s %r for %s: %s", request.method, request.path, who, why
-            )
+            self._log(logging.WARNING, request, f"refused with {why.status}: {why}")
         return text_response(why.status, why.message, *why.headers)
 
-
-NO_USERS = (
-    "Nobody may do this, as there are no users. Make one on the server with: "
-    "python pypi_ae.py passwd htpasswd.txt USER"
-)
-
-
-def _with_query(path: str, request: Request) -> str:
-    query = request.environ.get("QUERY_STRING", "")
-    return f"{path}?{quote(query, safe='=&+%/')}" if query else path
+    def _log(self, level: int, request: Request, what: str, **more: Any) -> None:
+        who = request.user or request.environ.get("REMOTE_ADDR", "")
+        extra = {"cloud": _cloud_fields(self.settings, request)}
+        line = (request.method, request.path, who, what)
+        log.log(level, "%s %r by %s: %s", *line, extra=extra, **more)
 
 
-def _log_change(request: Request, change: Addition | Removal) -> None:
+def _in_words(change: Addition | Removal) -> str:
     if isinstance(change, Addition):
-        name, sha256 = change.filename, change.sha256
-        log.info("upload: %s sha256=%s user=%s", name, sha256, request.user)
-    else:
-        found = change.distribution
-        log.info("removal: %s %s user=%s", found.filename, found.hashes, request.user)
+        return f"added {change.filename} sha256={change.facts.sha256}"
+    return f"removed {change.distribution.filename} {change.distribution.hashes}"
+
+
+def _cloud_fields(settings: Settings, request: Request) -> dict[str, Any]:
+    """What Cloud Logging reads of an entry (LogEntry: httpRequest, trace)."""
+    trace = request.header("X-Cloud-Trace-Context").split("/")[0]
+    if trace and settings.cloud_project:
+        trace = f"projects/{settings.cloud_project}/traces/{trace}"
+    fields = {
+        "requestMethod": request.method,
+        "requestUrl": request.path,
+        "userAgent": request.header("User-Agent"),
+        "remoteIp": request.header("X-Forwarded-For").split(",")[0],
+        "latency": f"{time.monotonic() - request.started:.6f}s",
+    }
+    return {"httpRequest": fields, "logging.googleapis.com/trace": trace}
+
+
+class CloudFormatter(logging.Formatter):
+    """One JSON object a line, as App Engine and Cloud Run read them from stderr."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {"severity": record.levelname, "message": super().format(record)}
+        return json.dumps(entry | getattr(record, "cloud", {}))
+
+
+def _set_up_log(*, hosted: bool) -> None:
+    """Make what we log visible, unless whoever embeds the app has seen to that."""
+    if not log.hasHandlers():
+        text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(CloudFormatter() if hosted else text)
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
 
 
 def get_app(
@@ -3237,48 +3028,28 @@ def get_app(
     """
     if root:
         settings["local_package_directory"] = root
-    words = {name.upper(): _as_text(value) for name, value in settings.items()}
-    if unknown := sorted(words.keys() - set(WORDS)):
+    said = {name.upper(): _as_text(value) for name, value in settings.items()}
+    if unknown := sorted(said.keys() - WORDS.keys()):
         known = ", ".join(WORDS).lower()
         raise SettingsError(
             f"get_app() knows no {unknown[0].lower()!r}; it has {known}."
         )
-    checked = Settings.from_env({**os.environ, **words})
+    checked = Settings.from_env({**os.environ, **said})
     who = Users(users if users is not None else checked.password_file)
     if checked.authenticate - {"update"} and not who.logins().checks:
+        actions = ", ".join(sorted(checked.authenticate))
         raise SettingsError(
-            f"AUTHENTICATE lets only users {', '.join(sorted(checked.authenticate))}, but "
-            "there are none: name a file of users with PASSWORD_FILE (-P), and add one "
-            "with: python pypi_ae.py passwd FILE USER"
+            f"AUTHENTICATE is {actions}, but there are no users: name their file with "
+            "PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
         )
-    _set_up_log()
-    app = App(checked, _files(checked), who)
-    if isinstance(app.files, Mirror):
-        app.before.append(app.files.pull)
-        app.after.append(app.files.push)
+    _set_up_log(hosted=checked.hosted)
+    if not checked.bucket_name and not checked.remote:
+        return App(checked, Directory(checked.root), who)
+    mirror = _mirror(checked)
+    app = App(checked, mirror, who)
+    app.before.append(mirror.pull)
+    app.after.append(mirror.push)
     return app
-
-
-def _files(settings: Settings) -> Directory | Mirror:
-    if not settings.bucket_name and not settings.remote:
-        return Directory(settings.root)
-    bucket: Bucket = Folder(Path(settings.remote))
-    prefix = ""
-    if settings.bucket_name:
-        prefix = settings.remote.strip("/") + "/"
-        bucket = _bucket(settings.bucket_name)
-    return Mirror(settings.root, bucket, prefix, settings.sync_seconds, settings.cache)
-
-
-def _bucket(name: str) -> Bucket:
-    try:
-        import gcs_rest
-    except ImportError as fault:
-        raise SettingsError(
-            f"BUCKET_NAME is {name!r}, which needs gcs_rest.py beside this file and the "
-            f"packages google-auth and requests (pip install google-auth requests): {fault}"
-        ) from fault
-    return gcs_rest.Bucket(name)
 
 
 def _as_text(value: object) -> str:
@@ -3287,13 +3058,18 @@ def _as_text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _set_up_log() -> None:
-    """Make what we log visible, unless whoever embeds the app has seen to that."""
-    if not log.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
+def _mirror(settings: Settings) -> Mirror:
+    if not settings.bucket_name:
+        return Mirror(settings, Folder(Path(settings.remote)), "")
+    try:
+        import gcs_rest
+    except ImportError as fault:
+        raise SettingsError(
+            "BUCKET_NAME needs gcs_rest.py beside this file, and the packages "
+            f"google-auth and requests (pip install google-auth requests): {fault}"
+        ) from fault
+    prefix = settings.remote.strip("/") + "/"
+    return Mirror(settings, gcs_rest.Bucket(settings.bucket_name), prefix)
 
 
 # ---- 15. Command line ----------------------------------------------------------------
@@ -3312,48 +3088,53 @@ FLAGS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"run": run, "passwd": set_password, "tidy": tidy}
+    named = arguments[:1] and arguments[0] in commands
     try:
-        if arguments[:1] == ["passwd"]:
-            return set_password(arguments[1:])
-        if arguments[:1] == ["tidy"]:
-            return tidy(arguments[1:])
-        return run(arguments[1:] if arguments[:1] == ["run"] else arguments)
-    except (SettingsError, OSError) as fault:
+        return commands[arguments.pop(0) if named else "run"](arguments)
+    except (SettingsError, OSError, HTTPError) as fault:
         print(f"pypi_ae: {fault}", file=sys.stderr)
         return 2
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or int(text) > 65535:
+        raise SettingsError(f"The port is {text!r}; it takes a number up to 65535.")
+    return int(text)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted: python pypi_ae.py [run] [DIR] [flags]."""
     import argparse
 
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="pypi_ae.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "pypi_ae.py", None, __doc__, formatter_class=layout
     )
     parser.add_argument("root", nargs="?", metavar="DIR", help="packages (./packages)")
-    port = int(os.environ.get("PORT", "8080"))
-    parser.add_argument("-p", "--port", type=int, default=port, help="port (8080)")
-    parser.add_argument(
-        *("-i", "-H", "--interface", "--host"), default="127.0.0.1", dest="host"
-    )
+    port = os.environ.get("PORT", "8080")
+    parser.add_argument("-p", "--port", default=port, help="port (8080)")
+    host = ("-i", "-H", "--interface", "--host")
+    parser.add_argument(*host, dest="host", default="127.0.0.1", help="127.0.0.1")
     for names, setting, text in FLAGS:
         parser.add_argument(*names, dest=setting, help=text, metavar="VALUE")
     parser.add_argument("-o", "--overwrite", action="store_const", const="yes")
     parser.add_argument("--disable-fallback", action="store_true", help="the default")
-    parser.add_argument("-v", dest="verbose", action="count", default=0)
-    given = vars(parser.parse_args(arguments))
-    host, port, verbose = given.pop("host"), given.pop("port"), given.pop("verbose")
+    parser.add_argument("-v", "--verbose", action="count", help="log every request")
+    given = {
+        k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None
+    }
+    address, verbose = (given.pop("host"), _port(given.pop("port"))), "verbose" in given
+    given.pop("verbose", None)
     if given.pop("disable_fallback"):
-        if given["fallback_url"]:
+        if "fallback_url" in given:
             raise SettingsError(
                 "--disable-fallback and --fallback-url exclude each other."
             )
         given["fallback_url"] = ""
-    app = get_app(**{k: v for k, v in given.items() if v is not None})
-    app.verbose = verbose > 0
-    return serve(app, host, port)
+    app = get_app(**given)
+    app.verbose = verbose
+    return serve(app, *address)
 
 
 def serve(app: App, host: str, port: int) -> int:
@@ -3381,15 +3162,18 @@ def serve(app: App, host: str, port: int) -> int:
 def start_message(app: App, host: str, port: int) -> str:
     """What is served, where, who may upload, and the commands to copy."""
     shown = "localhost" if host in ("", "0.0.0.0", "::") else host
-    url = f"http://{shown}:{port}/"
-    users = sorted(app.users.logins().checks) if app.users else []
-    uploads = f"{', '.join(users[:5])}{' ...' if len(users) > 5 else ''}"
+    url, users = f"http://{shown}:{port}/", sorted(app.users.logins().checks)
+    uploads = ", ".join(users[:5]) + (" ..." if users[5:] else "")
     if "update" not in app.settings.authenticate:
         uploads = "anybody"
     elif not users:
         uploads = "nobody yet; python pypi_ae.py passwd htpasswd.txt USER  adds a user"
+    settings, place = app.settings, str(app.settings.root.absolute())
+    if settings.bucket_name or settings.remote:
+        remote = f"{settings.bucket_name or 'directory'}:{settings.remote}"
+        place = f"{remote}, cached in {place},"
     return (
-        f"pypi_ae {__version__} serves {app.settings.root.absolute()} at {url}\n"
+        f"pypi_ae {__version__} serves {place} at {url}\n"
         f"  install:  pip install --index-url {url}simple/ PROJECT\n"
         f"  publish:  twine upload --repository-url {url} dist/*\n"
         f"  uploads:  {uploads}"
@@ -3397,39 +3181,40 @@ def start_message(app: App, host: str, port: int) -> str:
 
 
 def tidy(arguments: Sequence[str]) -> int:
-    """Compute missing facts, move loose files: python pypi_ae.py tidy [DIR] [--dry-run]."""
+    """Compute missing facts, and move loose files to their folders."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="pypi_ae.py tidy")
+    parser = argparse.ArgumentParser("pypi_ae.py tidy", description=tidy.__doc__)
     parser.add_argument("root", nargs="?", metavar="DIR", default="")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only say what would be done"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what to do")
     given = parser.parse_args(arguments)
     count = 0
-    for line in get_app(root=given.root).files.tidy(dry_run=given.dry_run):
-        count += 1
+    files = get_app(root=given.root).files
+    for count, line in enumerate(files.tidy(dry_run=given.dry_run), 1):
         print(f"{count:6} {line}", flush=True)
-    print(f"{count} changes{' would be' if given.dry_run else ''} made")
+    print(f"{count} to do" if given.dry_run else f"{count} done")
     return 0
 
 
 def set_password(arguments: Sequence[str]) -> int:
-    """Add or change a user: python pypi_ae.py passwd FILE USER [--stdin]."""
+    """Add a user to a file, or change a password; it is hashed with scrypt."""
     import argparse
     import getpass
 
-    parser = argparse.ArgumentParser(prog="pypi_ae.py passwd")
+    parser = argparse.ArgumentParser(
+        "pypi_ae.py passwd", description=set_password.__doc__
+    )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("user", metavar="USER")
     parser.add_argument("--stdin", action="store_true", help="read the password there")
     given = parser.parse_args(arguments)
-    if not given.user or ":" in given.user or not given.user.isprintable():
-        raise SettingsError(
-            f"{given.user!r} cannot be a user: no colon, no control letters."
-        )
+    if (
+        not re.fullmatch(r"[^\s:#]([^:]*[^\s:])?", given.user)
+        or not given.user.isprintable()
+    ):
+        raise SettingsError(f"{given.user!r} cannot be a user: no colon, no # first.")
     if given.stdin:
-        password = sys.stdin.readline().rstrip("\n")
+        password = sys.stdin.readline().rstrip("\r\n")
     else:
         password = getpass.getpass(f"Password for {given.user}: ")
         if password != getpass.getpass("Once more: "):
@@ -3442,15 +3227,14 @@ def set_password(arguments: Sequence[str]) -> int:
 
 
 def _write_user(path: Path, user: str, stored: str) -> None:
-    """Put one line into the file, in one stroke; other lines stay as they are."""
+    """Put one line into the file, at one stroke; other lines stay as they are."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.partition(":")[0].strip() != user]
-    text = "".join(f"{line}\n" for line in (*kept, f"{user}:{stored}"))
-    new = path.with_name(path.name + ".new")
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(f"{line}\n" for line in (*kept, f"{user}:{stored}"))
     os.replace(new, path)
 
 
