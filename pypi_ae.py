@@ -258,7 +258,9 @@ def _endpoint(path: str) -> str:
 
 
 def _file(said: Mapping[str, str], name: str) -> Path | None:
-    if said[name] and not os.access(said[name], os.R_OK):
+    if said[name] and not (
+        os.path.isfile(said[name]) and os.access(said[name], os.R_OK)
+    ):
         raise SettingsError(f"{name} is {said[name]!r}, which is not a readable file.")
     return Path(said[name]) if said[name] else None
 
@@ -714,7 +716,7 @@ def stamp_of(path: Path | str) -> tuple[int, int, int] | None:
     """What tells one state of a file from the next; None when there is none."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except OSError:  # it is not there, or as good as that: a loop, a closed folder
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
@@ -722,9 +724,9 @@ def stamp_of(path: Path | str) -> tuple[int, int, int] | None:
 def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
     for number, line in enumerate(text.splitlines(), 1):
         user, colon, stored = line.strip().partition(":")
-        if not user or user.startswith("#"):
+        if not line.strip() or user.startswith("#"):
             continue
-        if not colon:
+        if not user or not colon:
             raise SettingsError(f"{name}, line {number}: it should read USER:HASH.")
         yield user, password_check(stored, f"{name}, line {number} (user {user!r})")
 
@@ -737,11 +739,20 @@ def _basic(credentials: bytes) -> tuple[str, bytes]:
     try:
         if scheme.lower() != b"basic" or len(credentials) > MAX_AUTHORIZATION:
             raise ValueError
-        pair = base64.b64decode(encoded.strip(), validate=True)
+        pair = _utf8(base64.b64decode(encoded.strip(), validate=True))
         user, password = pair.split(b":", 1)
         return user.decode(), password
     except ValueError:  # binascii.Error and UnicodeDecodeError are kinds of it
         raise _unauthorized("The Authorization header is not HTTP Basic.") from None
+
+
+def _utf8(sent: bytes) -> bytes:
+    """Requests (pip, twine) sends latin-1 where RFC 7617, and uv, have UTF-8."""
+    try:
+        sent.decode()
+    except UnicodeDecodeError:
+        return sent.decode("latin-1").encode()
+    return sent
 
 
 def _unauthorized(message: str) -> HTTPError:
@@ -837,10 +848,12 @@ def _tar_member(source: IO[bytes], size: int) -> bytes:
     end = max(MIN_EXPANDED, MAX_EXPANSION * size)
     plain = Bounded(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
     with tarfile.open(fileobj=plain, mode="r:") as archive:
+        last = -1
         for _ in range(MAX_MEMBERS):
             member = archive.next()
-            if not member or not 0 <= member.size <= end:  # CVE-2025-8194: size < 0
+            if not member or member.offset <= last:  # CVE-2025-8194: it goes backwards
                 break
+            last = member.offset
             if _PKG_INFO.fullmatch(member.name) and member.isreg():
                 content = archive.extractfile(member)
                 if content and member.size <= MAX_METADATA:
@@ -947,7 +960,10 @@ class Listing:
 
     def versions(self) -> dict[tuple[Any, ...], str]:
         """Each version once (PEP 700), oldest first; 1.0 and 1.0.0 are the same."""
-        return {version_key(d.version): d.version for d in self.distributions}
+        names: dict[tuple[Any, ...], str] = {}
+        for found in self.distributions:
+            names.setdefault(version_key(found.version), found.version)
+        return names
 
 
 def _by_version(found: Distribution) -> tuple[Any, ...]:
@@ -1032,7 +1048,7 @@ class Directory:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         self.staging = self.root / ".pypi_ae" / "staging"
         self._facts = self.root / ".pypi_ae" / "facts"
         self._catalog = (-1, Catalog({}, {}))  # and the mtime of the root
@@ -1259,6 +1275,14 @@ class Directory:
         """Nothing is slow the first time."""
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        why = f"{str(path)!r} cannot be made a directory: {fault.strerror}"
+        raise SettingsError(f"{why}. Set LOCAL_PACKAGE_DIRECTORY (DIR).") from fault
+
+
 def mtime_of(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
@@ -1280,13 +1304,13 @@ def _is_settled(mtime: int, now: int) -> bool:
     return abs(now - mtime) > tick
 
 
-def _read_yank(path: str) -> str | None:
+def _read_yank(path: str) -> str:
     """The reason of a yank: the text of <file>.yanked, 1,000 letters at most."""
     try:
         with open(path + ".yanked", encoding="utf-8", errors="replace") as file:
             return " ".join(file.read(1000).split())
-    except FileNotFoundError:
-        return None
+    except OSError:  # whatever it is, it says that the file is yanked
+        return ""
 
 
 def _compute_facts(path: str, stamp: tuple[int, ...]) -> Facts | None:
@@ -1405,7 +1429,7 @@ class Mirror:
         self.staging = own / "staging"
         self._cache, self._changes = own / "cache", own / "changes"
         for folder in (self._cache, self._changes):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         self._sync, self._cache_bytes = settings.sync_seconds, settings.cache_bytes
         self._root = Root(NEVER, 0, Catalog({}, {}))
         self._known: Remembered[Known] = Remembered()
@@ -2380,7 +2404,7 @@ class Form:
 
     def __init__(self, staging: Path) -> None:
         self.fields: dict[str, str] = {}
-        self.filename = ""
+        self.filename, self.signature = "", b""
         self.staged: Path | None = None
         self.size = 0
         self.digests: dict[
@@ -2442,6 +2466,9 @@ class Form:
         elif self._field in KEPT_FIELDS or self._field in DIGESTS:
             if self._field in self.fields:
                 raise HTTPError(400, f"The field {self._field!r} is there twice.")
+            if self._field == "gpg_signature":
+                self.signature = bytes(self._value)
+                self._value.clear()
             try:
                 self.fields[self._field] = self._value.decode()
             except UnicodeDecodeError:
@@ -2481,18 +2508,14 @@ def content_length(request: Request) -> int:
 
 
 def _boundary(content_type: str) -> bytes:
-    kind, *parameters = re.split(r"\s*;\s*", content_type.strip())
-    marks = [p[9:].strip('"') for p in parameters if p.lower().startswith("boundary=")]
-    # 70 letters: RFC 2046, 5.1.1
-    if (
-        kind.lower() != "multipart/form-data"
-        or len(marks) != 1
-        or not 0 < len(marks[0]) < 71
-    ):
-        raise HTTPError(
-            400, f"Content-Type is {content_type!r}, not multipart/form-data."
-        )
-    return marks[0].encode("latin-1", "replace")
+    pattern = (
+        r'multipart/form-data *;(?:.*;)? *boundary=("?)([^\s";]{1,70})\1 *(?:;.*)?'
+    )
+    match = re.fullmatch(pattern, content_type, re.I | re.ASCII)
+    if not match:  # 70 letters: RFC 2046, 5.1.1
+        why = f"Content-Type is {content_type!r}, not multipart/form-data."
+        raise HTTPError(400, why)
+    return match[2].encode()
 
 
 def read_body(request: Request, length: int) -> Iterator[bytes]:
@@ -2541,7 +2564,7 @@ def _upload_file(app: App, request: Request, form: Form) -> Response:
         source=form.staged,
         size=form.size,
         facts=_check_archive(form, form.staged, parsed),
-        signature=form.fields.get("gpg_signature", "").encode(),
+        signature=form.signature,
         uploader=request.user,
         overwrite=app.settings.overwrite,
     )
@@ -2703,7 +2726,9 @@ def all_files(app: App, request: Request) -> Response:
 
 def start_page(app: App, request: Request) -> Response:
     """/: the commands to copy, or the file that WELCOME_FILE names."""
-    base = request.base_url() + "/"
+    base, mount = request.base_url() + "/", request.environ.get("SCRIPT_NAME", "")
+    if mount and not request.environ.get("PATH_INFO"):  # relative links need the slash
+        return redirect(quote(mount.rpartition("/")[2], encoding="latin-1") + "/")
     if app.settings.welcome_file:
         page = _welcome(app, app.settings.welcome_file, base)
     else:
@@ -2872,9 +2897,8 @@ class Router:
                 found = pattern.fullmatch(candidate)
                 if found and route.method == method:
                     return _describe_match(route, path, found.groupdict())
-        methods = {
-            r.method for pattern, r in self._routes if pattern.fullmatch(slashed)
-        }
+        fits = (path, slashed)
+        methods = {r.method for p, r in self._routes if any(map(p.fullmatch, fits))}
         if not methods:
             raise HTTPError(404, f"There is nothing at {path!r}.")
         allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
