@@ -1577,7 +1577,10 @@ class Mirror:
         return self._cache / f"{found.stamp[0]}-{found.filename}{suffix}"
 
     def _read(self, found: Distribution, start: int, stop: int) -> Iterator[bytes]:
-        place = {"generation": found.stamp[0], "start": start, "stop": stop}
+        if not found.size:  # no Range can say "nothing"
+            return iter(())
+        end = None if stop == found.size else stop  # whole: then its md5 is compared
+        place = {"generation": found.stamp[0], "start": start, "stop": end}
         with asking():
             try:
                 return self.bucket.read(found.path, **place)
