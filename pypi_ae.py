@@ -1580,10 +1580,12 @@ class Mirror:
         if not found.size:  # no Range can say "nothing"
             return iter(())
         end = None if stop == found.size else stop  # whole: then its md5 is compared
-        place = {"generation": found.stamp[0], "start": start, "stop": end}
+        generation = found.stamp[0]
         with asking():
             try:
-                return self.bucket.read(found.path, **place)
+                return self.bucket.read(
+                    found.path, generation=generation, start=start, stop=end
+                )
             except FileNotFoundError:
                 self._touch(found.project)  # list again: it was replaced or removed
                 raise changed_meanwhile(found) from None
