@@ -1029,7 +1029,7 @@ LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's tim
 ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its process
 
 Stamps = Mapping[str, tuple[int, int, int]]  # by path: size, mtime_ns, inode
-FactsByKey = dict[tuple[object, ...], Facts]  # (name, *stamp)
+FactsByKey = dict[tuple[Any, ...], Facts]  # (name, *stamp)
 
 
 class Look(NamedTuple):
@@ -1117,7 +1117,9 @@ class Directory:
         else:
             facts = self._facts_of(project, stamps, now)
             listing = Listing(project, self._describe(project, stamps, facts))
-            look = Look(folders, mtimes, until, stamps, facts, listing)
+            # Within the tick of a clock a file may be rewritten: those are not kept.
+            kept = {k: known for k, known in facts.items() if _is_settled(k[2], now)}
+            look = Look(folders, mtimes, until, stamps, kept, listing)
         self._looks.keep(project, look, len(stamps))
         return look.listing
 
@@ -1176,7 +1178,6 @@ class Directory:
         for key in [key for key in wanted if key not in facts]:
             if new := _compute_facts(wanted[key], key[1:]):
                 facts[key] = new
-                # A file may be rewritten within the tick of a clock: look again first.
                 if _is_settled(key[2], now):
                     self._keep_facts(project, key, new)
         return facts
@@ -1431,7 +1432,7 @@ class Mirror:
         for folder in (self._cache, self._changes):
             make_folder(folder)
         self._sync, self._cache_bytes = settings.sync_seconds, settings.cache_bytes
-        self._root = Root(NEVER, 0, Catalog({}, {}))
+        self._root = Root(NEVER, -1, Catalog({}, {}))
         self._known: Remembered[Known] = Remembered()
         self._root_lock, self._locks = threading.Lock(), Locks()
 
@@ -1538,7 +1539,7 @@ class Mirror:
     # What handlers read...
 
     def catalog(self) -> Catalog:
-        return self._root.catalog
+        return self._listed_root(NEVER).catalog
 
     def listing(self, project: Project) -> Listing:
         return self._listed(project, NEVER, NEVER)
@@ -3072,6 +3073,7 @@ def get_app(
             "PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
         )
     _set_up_log(hosted=checked.hosted)
+    log.info("pypi_ae %s serves %s", __version__, place_of(checked))
     if not checked.bucket_name and not checked.remote:
         return App(checked, Directory(checked.root), who)
     mirror = _mirror(checked)
@@ -3079,6 +3081,13 @@ def get_app(
     app.before.append(mirror.pull)
     app.after.append(mirror.push)
     return app
+
+
+def place_of(settings: Settings) -> str:
+    root = str(settings.root.absolute())
+    if not settings.bucket_name and not settings.remote:
+        return root
+    return f"{settings.bucket_name or 'directory'}:{settings.remote}, cached in {root},"
 
 
 def _as_text(value: object) -> str:
@@ -3097,8 +3106,8 @@ def _mirror(settings: Settings) -> Mirror:
             "BUCKET_NAME needs gcs_rest.py beside this file, and the packages "
             f"google-auth and requests (pip install google-auth requests): {fault}"
         ) from fault
-    prefix = settings.remote.strip("/") + "/"
-    return Mirror(settings, gcs_rest.Bucket(settings.bucket_name), prefix)
+    prefix = settings.remote.strip("/") + "/"  # "/" is the root of the bucket
+    return Mirror(settings, gcs_rest.Bucket(settings.bucket_name), prefix.lstrip("/"))
 
 
 # ---- 15. Command line ----------------------------------------------------------------
@@ -3197,12 +3206,8 @@ def start_message(app: App, host: str, port: int) -> str:
         uploads = "anybody"
     elif not users:
         uploads = "nobody yet; python pypi_ae.py passwd htpasswd.txt USER  adds a user"
-    settings, place = app.settings, str(app.settings.root.absolute())
-    if settings.bucket_name or settings.remote:
-        remote = f"{settings.bucket_name or 'directory'}:{settings.remote}"
-        place = f"{remote}, cached in {place},"
     return (
-        f"pypi_ae {__version__} serves {place} at {url}\n"
+        f"pypi_ae {__version__} serves {place_of(app.settings)} at {url}\n"
         f"  install:  pip install --index-url {url}simple/ PROJECT\n"
         f"  publish:  twine upload --repository-url {url} dist/*\n"
         f"  uploads:  {uploads}"
