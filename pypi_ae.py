@@ -75,6 +75,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import (
     IO,
@@ -1115,7 +1116,7 @@ class Directory:
         if last and last.until and last.stamps == stamps:
             look = last._replace(mtimes=mtimes, until=until)
         else:
-            facts = self._facts_of(project, stamps, now)
+            facts = self.facts_of(project, stamps, now)
             listing = Listing(project, self._describe(project, stamps, facts))
             # Within the tick of a clock a file may be rewritten: those are not kept.
             kept = {k: known for k, known in facts.items() if _is_settled(k[2], now)}
@@ -1163,7 +1164,7 @@ class Directory:
 
     # What its bytes tell...
 
-    def _facts_of(self, project: Project, stamps: Stamps, now: int) -> FactsByKey:
+    def facts_of(self, project: Project, stamps: Stamps, now: int) -> FactsByKey:
         last = self._looks.get(project)
         wanted = {
             (os.path.basename(path), *stamp): path for path, stamp in stamps.items()
@@ -1230,6 +1231,7 @@ class Directory:
         changed = self._put(new, target)
         if changed:
             self._keep_facts(new.project, key, new.facts)
+            Path(f"{target}.asc").unlink(missing_ok=True)  # it signed other bytes
         if new.signature:
             source = new.source.with_suffix(".asc")
             source.write_bytes(new.signature)
@@ -1264,16 +1266,26 @@ class Directory:
         """Compute all facts, move loose files to their folders, and say so."""
         for project, names in sorted(self.catalog().loose.items()):
             for name in names:
+                loose, home = self.root / name, self.root / project / name
+                if home.exists() and not _are_equal(loose, home):
+                    yield f"{name} stays: other bytes are in {project}/"
+                    continue
                 yield f"{name} -> {project}/{name}"
                 if not dry_run:
-                    (self.root / project).mkdir(exist_ok=True)
-                    os.link(self.root / name, self.root / project / name)
-                    os.unlink(self.root / name)
+                    with contextlib.suppress(FileExistsError):  # interrupted last time
+                        give_name(loose, home, overwrite=False)
+                    loose.unlink()
         for project in () if dry_run else self.catalog().projects:
             self.listing(project)
 
     def warm(self) -> None:
         """Nothing is slow the first time."""
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    import filecmp
+
+    return filecmp.cmp(one, other, shallow=False)
 
 
 def make_folder(path: Path) -> None:
@@ -1570,8 +1582,9 @@ class Mirror:
             file.seek(start)
             return file
         chunks = self._read(found, start, stop)
-        whole = stop - start == found.size <= self._cache_bytes
-        return self._keep(found, chunks) if whole else chunks
+        useful = found.size <= self._cache_bytes or not found.facts.sha256
+        whole = stop - start == found.size
+        return self._keep(found, chunks) if whole and useful else chunks
 
     def _cached(self, found: Distribution, suffix: str = "") -> Path:
         # The generation is in the name: what was replaced elsewhere is never found.
@@ -1611,6 +1624,8 @@ class Mirror:
 
     def _cache_file(self, found: Distribution, source: Path, suffix: str = "") -> None:
         """Move a file into the cache, and the least recently used out of it."""
+        if source.stat().st_size > self._cache_bytes:
+            return
         os.replace(source, self._cached(found, suffix))
         with contextlib.suppress(FileNotFoundError):  # another worker does the same
             states = [(e.stat(), e.path) for e in os.scandir(self._cache)]
@@ -1689,8 +1704,7 @@ class Mirror:
                 changed, replaced = self._replace(new, name)
             except FileExistsError:
                 raise already_exists(request, new.filename) from None
-            if new.signature:
-                self._sign(f"{name}.asc", new.signature)
+            self._sign(f"{name}.asc", new.signature, anew=changed and replaced)
         is_new = new.project not in self._root.catalog.folders
         self._touch(new.project, root=is_new or replaced)
         return changed
@@ -1725,10 +1739,18 @@ class Mirror:
             )
         self._cache_file(next(self._describe(new.project, [stored])), new.source)
 
-    def _sign(self, name: str, signature: bytes) -> None:
-        with contextlib.suppress(FileExistsError):  # signed before
+    def _sign(self, name: str, signature: bytes, *, anew: bool) -> None:
+        """Store a signature; when the bytes are others, in place of the last one."""
+        generation = 0
+        if anew:
+            with contextlib.suppress(FileNotFoundError):
+                generation = self.bucket.get(name).generation
+        if signature:
             source = io.BytesIO(signature)
-            self.bucket.insert(name, source, metadata={}, if_generation=0)
+            with contextlib.suppress(FileExistsError):  # signed before
+                self.bucket.insert(name, source, metadata={}, if_generation=generation)
+        elif generation:
+            self.bucket.delete(name, generation=generation)
 
     def _delete(self, found: Distribution) -> None:
         try:
@@ -1751,23 +1773,38 @@ class Mirror:
 
     def tidy(self, *, dry_run: bool) -> Iterator[str]:
         """Give each object its facts, and loose ones their folder; say what is done."""
-        for filename, project, _ in sorted(self.everything()):
-            found = self.current(project).by_name[filename]
-            home, generation = f"{self.prefix}{project}/{filename}", found.stamp[0]
-            if not found.facts.sha256:
-                yield f"facts of {found.path}"
+        with asking():
+            objects = {there.name: there for there in self.bucket.list(self.prefix)[0]}
+        for name, there in sorted(objects.items()):
+            folder, base = name[len(self.prefix) : -len(_base(name))], _base(name)
+            parsed = parse_filename(distribution_of(base), folder.rstrip("/"))
+            if not parsed or folder not in ("", f"{parsed.project}/"):
+                continue
+            if base == parsed.filename and not there.metadata.get("sha256"):
+                yield f"facts of {name}"
                 if not dry_run:
-                    self._fetch(found)
-            if found.path != home:
-                yield f"{found.path} -> {home}"
-                if not dry_run:
-                    self.bucket.rewrite(found.path, home, generation=generation)
-                    self.bucket.delete(found.path, generation=generation)
-                    self._touch(project)
+                    self._fetch(next(self._describe(parsed.project, [there])))
+                    there = self.bucket.get(name)
+            if not folder:
+                home = f"{self.prefix}{parsed.project}/{base}"
+                yield from self._move(there, home, objects.get(home), dry_run=dry_run)
 
     def _fetch(self, found: Distribution) -> None:
         for _ in self._keep(found, self._read(found, 0, found.size)):
             pass  # on its way into the cache it is learned from
+
+    def _move(
+        self, there: Object, home: str, other: Object | None, *, dry_run: bool
+    ) -> Iterator[str]:
+        if other and not _have_same_bytes(there, other):
+            yield f"{there.name} stays: other bytes are at {home}"
+            return
+        yield f"{there.name} -> {home}"
+        if not dry_run:
+            if not other:  # else it was interrupted last time
+                self.bucket.rewrite(there.name, home, generation=there.generation)
+            self.bucket.delete(there.name, generation=there.generation)
+            self._touch(Project(_base(home.rpartition("/")[0])))
 
 
 @contextlib.contextmanager
@@ -1800,6 +1837,13 @@ def _is_same(there: Object, new: Addition) -> bool:
         return bool(sha256 == new.facts.sha256)
     with open(new.source, "rb") as file:
         return bool(there.md5 == hashlib.file_digest(file, "md5").hexdigest())
+
+
+def _have_same_bytes(one: Object, other: Object) -> bool:
+    known = [(o.metadata.get("sha256"), o.md5) for o in (one, other)]
+    return one.size == other.size and any(
+        a and a == b for a, b in zip(*known, strict=True)
+    )
 
 
 def _base(name: str) -> str:
@@ -1858,41 +1902,46 @@ class Folder:
         self._lock = threading.Lock()
 
     def list(self, prefix: str, *, delimiter: str = "") -> Listed:
-        catalog = self._files.catalog()
-        if delimiter:
-            found = [d for p in catalog.loose for d in self._distributions(p, "")]
-            return found, [f"{name}/" for name in catalog.folders]
         if prefix:
-            return self._distributions(Project(prefix.rstrip("/")), prefix), []
-        folders = [
-            (project, f) for project in catalog.projects for f in ("", f"{project}/")
-        ]
-        return [
-            d for project, f in folders for d in self._distributions(project, f)
-        ], []
+            return self._objects(prefix), []
+        folders = [f"{name}/" for name in self._files.catalog().folders]
+        if delimiter:
+            return self._objects(""), folders
+        return [o for folder in ("", *folders) for o in self._objects(folder)], []
 
-    def _distributions(self, project: Project, folder: str) -> Objects:
-        found = self._files.listing(project).distributions
-        homes = {folder + d.filename: d for d in found}
-        return [
-            self._object(name, d)
-            for name, d in homes.items()
-            if d.path == str(self._files.root / name)
-        ]
+    def _objects(self, folder: str) -> Objects:
+        by_project: dict[Project, dict[str, tuple[int, int, int]]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for name in sorted(os.listdir(self._files.root / folder)):
+                parsed = parse_filename(distribution_of(name), folder.rstrip("/"))
+                stamp = stamp_of(self._files.root / folder / name)
+                if parsed and stamp and not name.endswith(".metadata"):
+                    path = str(self._files.root / folder / name)
+                    by_project.setdefault(parsed.project, {})[path] = stamp
+        found: Objects = []
+        for project, stamps in by_project.items():
+            facts = self._files.facts_of(project, stamps, time.time_ns())
+            found += (
+                self._object(folder, path, stamps, facts)
+                for path in stamps
+                if not path.endswith(".yanked")
+            )
+        return found
 
-    def _object(self, name: str, found: Distribution) -> Stored:
-        metadata = object_metadata(found.facts)
-        if found.yanked is not None:
-            metadata["yanked"] = found.yanked
-        return Stored(name, found.size, found.stamp[1], found.uploaded, metadata)
+    def _object(
+        self, folder: str, path: str, stamps: Stamps, known: FactsByKey
+    ) -> Stored:
+        name, (size, mtime, _) = os.path.basename(path), stamps[path]
+        facts = known.get((name, *stamps[path]))
+        metadata = object_metadata(facts) if facts else {}
+        if f"{path}.yanked" in stamps:
+            metadata["yanked"] = _read_yank(path)
+        return Stored(folder + name, size, mtime, mtime / 1e9, metadata)
 
     def get(self, name: str) -> Object:
-        project, _, filename = name.rpartition("/")
-        parsed = parse_filename(filename, project)
-        if parsed:
-            for found in self._distributions(parsed.project, project and f"{project}/"):
-                if found.name == name:
-                    return found
+        for found in self._objects(name[: -len(_base(name))]):
+            if found.name == name:
+                return found
         raise FileNotFoundError(name)
 
     def _check(self, name: str, generation: int) -> Path:
@@ -3075,13 +3124,13 @@ def get_app(
             "PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
         )
     _set_up_log(hosted=checked.hosted)
+    remote = checked.bucket_name or checked.remote
+    files = _mirror(checked) if remote else Directory(checked.root)
+    app = App(checked, files, who)
+    if isinstance(files, Mirror):
+        app.before.append(files.pull)
+        app.after.append(files.push)
     log.info("pypi_ae %s serves %s", __version__, place_of(checked))
-    if not checked.bucket_name and not checked.remote:
-        return App(checked, Directory(checked.root), who)
-    mirror = _mirror(checked)
-    app = App(checked, mirror, who)
-    app.before.append(mirror.pull)
-    app.after.append(mirror.push)
     return app
 
 
@@ -3103,6 +3152,9 @@ def _mirror(settings: Settings) -> Mirror:
         return Mirror(settings, Folder(Path(settings.remote)), "")
     try:
         import gcs_rest
+
+        if not find_spec("google.auth"):  # imported with the first token, not before
+            raise ImportError("No module named 'google.auth'")
     except ImportError as fault:
         raise SettingsError(
             "BUCKET_NAME needs gcs_rest.py beside this file, and the packages "
