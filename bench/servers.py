@@ -42,6 +42,7 @@ from corpus import (
 from measure import Answer, Process, Wire, get, group
 
 HERE = Path(__file__).resolve().parent
+OWNER = "root"  # of the index on devpi: the user that its database begins with
 REPOSITORY = HERE.parent
 GUNICORN = "gunicorn==27.0.1"
 JSON_TYPE = "application/vnd.pypi.simple.v1+json"
@@ -554,7 +555,7 @@ def _devpi_launch(lab: Lab, port: int, home: Path) -> Launch:
     argv += ["--host", "127.0.0.1", "--port", str(port)]
     files = home / "+files"
     return Launch(
-        argv, simple="/root/bench/+simple/", upload="/root/bench/", stored=files
+        argv, simple=f"/{OWNER}/bench/+simple/", upload=f"/{OWNER}/bench/", stored=files
     )
 
 
@@ -585,7 +586,7 @@ def _make_devpi_index(server: Server) -> None:
         "volatile": True,
         "acl_upload": [":ANONYMOUS:"],
     }
-    _send_json(server, "PUT", "/root/bench", index, {"X-Devpi-Auth": proof})
+    _send_json(server, "PUT", f"/{OWNER}/bench", index, {"X-Devpi-Auth": proof})
 
 
 def _send_json(
