@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import gzip
 import hashlib
 import html
@@ -22,6 +23,7 @@ import re
 import shlex
 import signal
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -31,13 +33,16 @@ import time
 import tracemalloc
 import xmlrpc.client
 import zipfile
+import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email import message_from_bytes
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qs, quote, unquote, urljoin, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urljoin, urlsplit
 from wsgiref.util import FileWrapper, setup_testing_defaults
 from wsgiref.validate import validator
 
@@ -45,7 +50,10 @@ import pytest
 import requests
 import responses
 from packaging.version import Version
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 from responses import matchers
+from urllib3.response import HTTPResponse
 
 import gcs_rest
 import pypi_ae
@@ -423,7 +431,7 @@ def test_linters_are_clean(tool: str) -> None:
     ("AUTHENTICATE", "updat"), ("AUTHENTICATE", ".,update"),
     ("AUTHENTICATE", "update;list"), ("OVERWRITE", "perhaps"), ("MAX_UPLOAD_MB", "-1"),
     ("MAX_UPLOAD_MB", "nan"), ("MAX_UPLOAD_MB", "10M"), ("MAX_UPLOAD_MB", "\u0663"),
-    ("FALLBACK_URL", "pypi.org/simple"), ("FALLBACK_URL", "ftp://x/simple"),
+    ("FALLBACK_URL", "index.example/simple"), ("FALLBACK_URL", "ftp://x/simple"),
     ("FALLBACK_URL", "https://x/simple?a=b"), ("FALLBACK_URL", "https://x/sim ple"),
     ("FALLBACK_URL", "javascript:alert(1)"), ("HEALTH_ENDPOINT", "health"),
     ("HEALTH_ENDPOINT", "/simple"), ("HEALTH_ENDPOINT", "/packages/x"),
@@ -2498,8 +2506,8 @@ def test_passwd_refuses_what_could_never_log_in(
 
 
 @pytest.mark.parametrize("line", [
-    "-P missing.txt", "-P .", "-a nobody", "-a list", "--fallback-url pypi.org",
-    "--fallback-url https://pypi.org/simple --disable-fallback", "run file",
+    "-P missing.txt", "-P .", "-a nobody", "-a list", "--fallback-url index.example",
+    "--fallback-url https://index.example/simple --disable-fallback", "run file",
     "--health-endpoint /simple", "--welcome missing.html", "-p 99999", "-p x",
     "-i 999.999.999.999", "PORT=many", "OVERWRITE=perhaps", "--nonsense", "a b",
     "passwd no/such/folder/users ada --stdin", "passwd users",
@@ -4751,3 +4759,1698 @@ def test_a_gigabyte_uploads_in_little_memory(fresh_server: Server) -> None:
     assert stored.stat().st_size == size
     stored.unlink()  # pytest keeps the folders of the last three runs
     assert peak - idle < 60
+
+
+# ---- A bucket, played ----------------------------------------------------------------
+# What we use of the JSON API, with the preconditions that the emulator ignores:
+# https://docs.cloud.google.com/storage/docs/json_api/v1/objects
+
+Go = Callable[[], requests.Response]  # sends the request that is at hand
+Act = Callable[[Go], requests.Response]
+
+
+def reply(status: int, body: Any = b"", **headers: str) -> requests.Response:
+    answer = requests.Response()
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    answer.status_code, answer.headers = status, CaseInsensitiveDict(names)
+    answer.headers.setdefault("Content-Length", str(len(data)))
+    stream = io.BytesIO(data)
+    answer.raw = HTTPResponse(stream, status=status, preload_content=False)
+    return answer
+
+
+class Kept(NamedTuple):
+    data: bytes
+    generation: int
+    metageneration: int
+    metadata: dict[str, str]
+    created: str = datetime(2026, 1, 2, tzinfo=UTC).isoformat()
+
+    def resource(self, name: str) -> dict[str, Any]:
+        md5 = base64.b64encode(hashlib.md5(self.data).digest()).decode()
+        numbers = {"generation": self.generation, "size": len(self.data)}
+        numbers["metageneration"] = self.metageneration
+        told = {"name": name, "md5Hash": md5, "timeCreated": self.created}
+        return {**told, "metadata": self.metadata} | {
+            key: str(value) for key, value in numbers.items()
+        }
+
+
+class Google:
+    """One bucket in memory; answers requests one at a time."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Kept] = {}
+        self.sessions: list[tuple[dict[str, Any], int, bytearray]] = []
+        self.generation, self.lock = 1000, threading.Lock()
+
+    def answer(self, request: requests.PreparedRequest) -> requests.Response:
+        url = urlsplit(str(request.url))
+        query = dict(parse_qsl(url.query))
+        name = unquote(url.path).partition("/o")[2][1:]
+        body = request.body or b""
+        data = body if isinstance(body, bytes) else b"".join(list[Any](body))
+        with self.lock:
+            if request.method == "GET" and not name:
+                return self.list(query)
+            if request.method == "POST" and "uploadType" in query:
+                return self.begin(query, data, str(request.headers["Content-Type"]))
+            if request.method == "PUT":
+                return self.put(int(query["upload_id"]), data)
+            return self.on_object(request, query, name, data)
+
+    def list(self, query: Mapping[str, str]) -> requests.Response:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+        limit = min(int(query["maxResults"]), 1000)
+        page: dict[str, Any] = {"items": [], "prefixes": []}
+        names = sorted(self.kept)
+        at = bisect_left(names, query.get("pageToken", prefix))
+        while at < len(names) and names[at].startswith(prefix):
+            if len(page["items"]) + len(page["prefixes"]) == limit:
+                return reply(200, {**page, "nextPageToken": names[at]})
+            name = names[at]
+            deeper = delimiter and name.find(delimiter, len(prefix)) + 1
+            if deeper:
+                page["prefixes"].append(name[:deeper])
+                at = bisect_left(names, name[: deeper - 1] + chr(ord("/") + 1))
+            else:
+                page["items"].append(self.kept[name].resource(name))
+                at += 1
+        return reply(200, page)
+
+    def begin(
+        self, query: Mapping[str, str], data: bytes, kind: str
+    ) -> requests.Response:
+        resource, match = data, int(query["ifGenerationMatch"])
+        if query["uploadType"] == "multipart":
+            mark = kind.partition("boundary=")[2].encode()
+            _, head, rest = data.split(b"--" + mark + b"\r\n", 2)
+            resource = head.partition(b"\r\n\r\n")[2]
+            media = rest.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n--%b--" % mark)
+            return self.store(json.loads(resource), match, media)
+        self.sessions.append((json.loads(resource), match, bytearray()))
+        where = f"{GCS}/upload/storage/v1/b/b/o?upload_id={len(self.sessions) - 1}"
+        return reply(200, Location=where)
+
+    def put(self, session: int, data: bytes) -> requests.Response:
+        resource, match, media = self.sessions[session]
+        media += data
+        there = self.kept.get(resource["name"])
+        if there and not data and there.data == media:
+            return reply(200, there.resource(resource["name"]))
+        md5 = base64.b64encode(hashlib.md5(media).digest()).decode()
+        if md5 != resource["md5Hash"]:
+            told = {"Range": f"bytes=0-{len(media) - 1}"} if media else {}
+            return reply(308, **told)
+        return self.store(resource, match, bytes(media))
+
+    def store(
+        self, resource: Mapping[str, Any], match: int, data: bytes
+    ) -> requests.Response:
+        name, there = resource["name"], self.kept.get(resource["name"])
+        if match != (there.generation if there else 0):
+            return reply(412)
+        if base64.b64decode(resource["md5Hash"]) != hashlib.md5(data).digest():
+            return reply(400)
+        return self.keep(name, data, resource["metadata"])
+
+    def keep(
+        self, name: str, data: bytes, metadata: Mapping[str, str]
+    ) -> requests.Response:
+        self.generation += 1
+        self.kept[name] = Kept(data, self.generation, 1, dict(metadata))
+        return reply(200, self.kept[name].resource(name))
+
+    def on_object(
+        self,
+        request: requests.PreparedRequest,
+        query: Mapping[str, str],
+        name: str,
+        data: bytes,
+    ) -> requests.Response:
+        name, _, target = name.partition("/rewriteTo/b/b/o/")
+        there, target_there = self.kept.get(name), self.kept.get(target)
+        generation = query.get("sourceGeneration", query.get("generation"))
+        if not there or generation not in (None, str(there.generation)):
+            return reply(404)
+        changed = target_there if target else there
+        match = query.get("ifGenerationMatch")
+        if match not in (None, str(changed.generation if changed else 0)):
+            return reply(412)
+        if target:
+            copy = self.keep(target, there.data, there.metadata).json()
+            return reply(200, {"done": True, "resource": copy})
+        if request.method == "DELETE":
+            del self.kept[name]
+            return reply(204)
+        if request.method == "PATCH":
+            return self.patch(query, name, there, json.loads(data)["metadata"])
+        if query.get("alt") == "media":
+            return self.media(there, str(request.headers.get("Range", "")))
+        return reply(200, there.resource(name))
+
+    def patch(
+        self, query: Mapping[str, str], name: str, there: Kept, change: dict[str, str]
+    ) -> requests.Response:
+        if query["ifMetagenerationMatch"] != str(there.metageneration):
+            return reply(412)
+        there = there._replace(metadata=there.metadata | change)
+        self.kept[name] = there._replace(metageneration=there.metageneration + 1)
+        return reply(200, self.kept[name].resource(name))
+
+    def media(self, there: Kept, text: str) -> requests.Response:
+        md5, size = there.resource("")["md5Hash"], len(there.data)
+        if not (found := re.fullmatch(r"bytes=(\d+)-(\d*)", text)):
+            return reply(200, there.data, x_goog_hash=f"md5={md5}")
+        start, stop = int(found[1]), min(int(found[2] or size) + 1, size)
+        place = f"bytes {start}-{stop - 1}/{size}"
+        data = there.data[start:stop]
+        return reply(206, data, Content_Range=place, x_goog_hash=f"md5={md5}")
+
+
+# ---- Instances, and what they send ---------------------------------------------------
+
+
+def describe(request: requests.PreparedRequest) -> str:
+    """A call in words: what is done to which object, and on which precondition."""
+    url = urlsplit(str(request.url))
+    query = dict(parse_qsl(url.query))
+    name, _, to = unquote(url.path).partition("/o")[2][1:].partition("/rewriteTo/")
+    match = query.get("ifGenerationMatch")
+    condition = {"0": " if=0", None: ""}.get(match, " if=G")
+    if request.method == "PUT":
+        return "put"
+    if request.method == "POST" and not to:
+        verb = {"multipart": "insert", "resumable": "session"}[query["uploadType"]]
+        return f"{verb} {query['name']}{condition}"
+    if request.method == "GET" and not name:
+        return f"list {query.get('prefix', '')} {query.get('delimiter', '')}".strip()
+    if query.get("alt") == "media":
+        return f"read {'part of ' * ('Range' in request.headers)}{name}"
+    verb = "rewrite" if to else str(request.method).lower()
+    return f"{verb} {name}{condition}"
+
+
+class Wire(HTTPAdapter):
+    """The last thing of ours before the network: counts, interferes, passes on."""
+
+    def __init__(self, google: Google | None) -> None:
+        super().__init__(pool_maxsize=64)
+        self.google, self.calls = google, list[str]()
+        self._acts: list[list[Any]] = []
+
+    def on(self, call: str, act: Act, times: int = sys.maxsize) -> None:
+        """The next calls that begin so are in the hands of `act`."""
+        self._acts.append([call, act, times])
+
+    def heal(self) -> None:
+        self._acts.clear()
+
+    def send(  # type: ignore[override]
+        self, request: requests.PreparedRequest, **options: Any
+    ) -> requests.Response:
+        call = describe(request)
+        self.calls.append(call)
+
+        def go() -> requests.Response:
+            if not self.google:
+                return super(Wire, self).send(request, **options)
+            answer = self.google.answer(request)
+            answer.request, answer.url = request, str(request.url)
+            return answer
+
+        for act in self._acts:
+            if call.startswith(act[0]) and act[2] > 0:
+                act[2] -= 1
+                answer: requests.Response = act[1](go)
+                answer.request, answer.url = request, str(request.url)
+                return answer
+        return go()
+
+
+def refuse(status: int, **headers: str) -> Act:
+    return lambda go: reply(status, **headers)
+
+
+def unreachable(go: Go) -> requests.Response:
+    raise requests.ConnectionError("Connection refused")
+
+
+def lose(go: Go) -> requests.Response:
+    go().close()
+    raise requests.ConnectionError("Connection reset by peer")
+
+
+def slowly(go: Go) -> requests.Response:
+    time.sleep(0.1)
+    return go()
+
+
+def meanwhile(action: Callable[[], object]) -> Act:
+    def act(go: Go) -> requests.Response:
+        action()
+        return go()
+
+    return act
+
+
+GCS = "http://gcs.test"
+
+
+class Store:
+    """Where the distributions are for good, as somebody with gcloud or a shell sees it;
+    names are those below the remote directory."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder, self.settings = folder, settings
+
+    def instance(self, name: str = "one", **settings: Any) -> Client:
+        """An instance; one of the same name is another worker on the same machine."""
+        usual: dict[str, Any] = {"authenticate": ".", "sync_seconds": 1000}
+        given = usual | self.settings | settings
+        return Client(get_app(root=self.folder / name, **given))
+
+    def put(self, name: str, data: bytes, **metadata: str) -> None:
+        raise NotImplementedError
+
+    def all(self) -> dict[str, bytes]:
+        raise NotImplementedError
+
+    def delete(self, name: str) -> None:
+        raise NotImplementedError
+
+
+class Shared(Store):
+    """A directory that stands for a bucket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.remote = folder / "remote"
+        super().__init__(folder, remote_package_directory=self.remote)
+
+    def put(self, name: str, data: bytes, **metadata: str) -> None:
+        path = self.remote / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def all(self) -> dict[str, bytes]:
+        files = [p for p in self.remote.rglob("*") if ".pypi_ae" not in str(p)]
+        return {
+            str(path.relative_to(self.remote)): path.read_bytes()
+            for path in files
+            if path.is_file()
+        }
+
+    def delete(self, name: str) -> None:
+        (self.remote / name).unlink()
+
+
+class Cloud(Store):
+    """A bucket, and the calls that all its instances sent."""
+
+    def __init__(self, folder: Path, bucket: str, google: Google | None) -> None:
+        super().__init__(folder, bucket_name=bucket, tier="prod")
+        self.wire, self.google = Wire(google), google
+        self.sessions: list[requests.Session] = []
+        self.hand = gcs_rest.Bucket(bucket, session=self.session(Wire(google)))
+
+    def session(self, wire: Wire) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False
+        session.mount("http://", wire)
+        self.sessions.append(session)
+        return session
+
+    @contextlib.contextmanager
+    def calls(self) -> Iterator[list[str]]:
+        """What is sent within the block; sorted, as some is sent side by side."""
+        mark, seen = len(self.wire.calls), list[str]()
+        yield seen
+        seen += sorted(self.wire.calls[mark:])
+
+    def put(self, name: str, data: bytes, **metadata: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.delete(name)
+        keys = {key.replace("_", "-"): value for key, value in metadata.items()}
+        self.hand.insert(f"packages/{name}", io.BytesIO(data), metadata=keys)
+
+    def all(self) -> dict[str, bytes]:
+        found = self.hand.list("packages/")[0]
+        return {
+            each.name.removeprefix("packages/"): b"".join(
+                self.hand.read(each.name, generation=each.generation)
+            )
+            for each in found
+        }
+
+    def delete(self, name: str) -> None:
+        there = self.hand.get(f"packages/{name}")
+        self.hand.delete(there.name, generation=there.generation)
+
+    def metadata(self, name: str) -> dict[str, str]:
+        return dict(self.hand.get(f"packages/{name}").metadata)
+
+
+BUCKETS = iter(range(10**6))
+
+
+@contextlib.contextmanager
+def opened(kind: str, request: pytest.FixtureRequest) -> Iterator[Store]:
+    tmp_path: Path = request.getfixturevalue("tmp_path")
+    monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+    if kind == "folder":
+        yield Shared(tmp_path)
+        return
+    bucket, root = "b", GCS
+    if kind == "emulator":
+        bucket, root = f"b{next(BUCKETS):05}", request.getfixturevalue("emulator")
+        requests.post(f"{root}/storage/v1/b", json={"name": bucket}).raise_for_status()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", root)
+    monkeypatch.setattr(gcs_rest, "BACKOFF", 0.01)
+    cloud = Cloud(tmp_path, bucket, Google() if kind == "played" else None)
+    session = cloud.session(cloud.wire)
+    ours = functools.partial(gcs_rest.Bucket, session=session, deadline=0.3)
+    monkeypatch.setattr(gcs_rest, "Bucket", ours)
+    yield cloud
+    for session in cloud.sessions:
+        session.close()
+
+
+@pytest.fixture(params=["played", "emulator", "folder"])
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    with opened(request.param, request) as store:
+        yield store
+
+
+@pytest.fixture(params=["played", "emulator"])
+def cloud(request: pytest.FixtureRequest) -> Iterator[Cloud]:
+    with opened(request.param, request) as store:
+        assert isinstance(store, Cloud)
+        yield store
+
+
+@pytest.fixture
+def played(request: pytest.FixtureRequest) -> Iterator[Cloud]:
+    with opened("played", request) as store:
+        assert isinstance(store, Cloud)
+        yield store
+
+
+def local(client: Client) -> list[str]:
+    """Files that an instance has on its disk, but for its (empty) marks."""
+    files = (path for path in client.root.rglob("*") if path.is_file())
+    return sorted(path.name for path in files if path.stat().st_size)
+
+
+def url(filename: str, project: str = "acme") -> str:
+    return f"/packages/{project}/{filename}"
+
+
+def remove(client: Client, version: str = "1.0") -> Answer:
+    fields = {":action": "remove_pkg", "name": "acme", "version": version}
+    return client.post([field(*pair) for pair in fields.items()])
+
+
+@functools.cache
+def large_wheel(version: str = "2.0", size: int = 9 << 20) -> bytes:
+    """A wheel above 8 MiB, whose metadata are its first member, far from its tail."""
+    metadata = make_metadata("acme", version)
+    files = {f"acme-{version}.dist-info/METADATA": metadata, "x.bin": os.urandom(size)}
+    return make_zip(files, zipfile.ZIP_STORED)
+
+
+def facts(wheel: bytes, version: str = "1.0", python: str = "") -> dict[str, str]:
+    """The custom metadata that an object with a wheel should have."""
+    metadata = make_metadata("acme", version, python)
+    found = {"sha256": sha256(wheel), "core-metadata": sha256(metadata)}
+    return found | ({"requires-python": python} if python else {})
+
+
+# ---- Freshness, and what it costs ----------------------------------------------------
+# Each row of the design's table. STORED is in the bucket, with facts; `prepare` is done
+# by the instance that then acts. A listing outlives a SYNC_SECONDS of 0.1 by sleeping.
+
+Step = Callable[[Client], object]
+STORED, STORED2 = f"packages/acme/{WHEEL}", f"packages/acme/{WHEEL2}"
+FOLDER, ROOT = "list packages/acme/", "list packages/ /"
+READ, READ_PART = f"read {STORED}", f"read part of {STORED}"
+
+
+def page(client: Client) -> None:
+    assert WHEEL in client.page()["files"]
+
+
+def simple(client: Client) -> None:
+    assert "acme" in client.get("/simple/").text
+
+
+def fetch(path: str, status: int = 200, **headers: str) -> Callable[[Client], None]:
+    def act(client: Client) -> None:
+        assert client.get(path, **headers).status == status
+
+    return act
+
+
+def head(client: Client) -> None:
+    assert client.send("HEAD", url(WHEEL)).status == 200
+
+
+def send(filename: str, make: Callable[[], bytes]) -> Callable[[Client], None]:
+    def act(client: Client) -> None:
+        assert client.upload(filename, make()).status == 200
+
+    return act
+
+
+def take_away(client: Client) -> None:
+    assert remove(client).status == 200
+
+
+def both(*steps: Step) -> Step:
+    return lambda client: [step(client) for step in steps]
+
+
+def nothing(client: Client) -> None:
+    """A cold instance."""
+
+
+BYTES = make_wheel(requires_python=">=3.8")
+TAG = f'"{sha256(BYTES)}"'
+small = send(WHEEL2, lambda: make_wheel(version="2.0"))
+COST: dict[str, tuple[float, Step, Step, list[str]]] = {
+    "page, cold": (1000, nothing, page, [FOLDER, ROOT]),
+    "page, young": (1000, page, page, []),
+    "page, old": (0.1, page, page, [FOLDER]),
+    "page, SYNC_SECONDS=0": (0, page, page, [FOLDER, ROOT]),
+    "unknown project": (
+        1000, simple, fetch("/simple/no/", 404), [ROOT, "list packages/no/"]),
+    "simple, cold": (1000, nothing, simple, [ROOT]),
+    "simple, young": (1000, simple, simple, []),
+    "simple, old": (0.1, simple, simple, [ROOT]),
+    "HEAD of a file": (1000, page, head, []),
+    "304": (1000, page, fetch(url(WHEEL), 304, if_none_match=TAG), []),
+    "unknown file": (1000, page, fetch(url(WHEEL2), 404), [FOLDER, ROOT]),
+    "download, cold": (1000, nothing, fetch(url(WHEEL)), [FOLDER, ROOT, READ]),
+    "download, uncached": (1000, page, fetch(url(WHEEL)), [READ]),
+    "download, cached": (1000, fetch(url(WHEEL)), fetch(url(WHEEL)), []),
+    "download, cached, old": (0.1, fetch(url(WHEEL)), fetch(url(WHEEL)), [FOLDER]),
+    "range, uncached": (
+        1000, page, fetch(url(WHEEL), 206, range="bytes=1-5"), [READ_PART]),
+    "range, cached": (
+        1000, fetch(url(WHEEL)), fetch(url(WHEEL), 206, range="bytes=1-5"), []),
+    "metadata": (
+        1000, page, fetch(url(WHEEL) + ".metadata"), [READ]),
+    "metadata, cached": (
+        1000, fetch(url(WHEEL) + ".metadata"), fetch(url(WHEEL) + ".metadata"), []),
+    "metadata of a cached file": (
+        1000, fetch(url(WHEEL)), fetch(url(WHEEL) + ".metadata"), []),
+    "upload": (1000, page, small, [f"insert {STORED2} if=0"]),
+    "upload, cold": (1000, nothing, small, [f"insert {STORED2} if=0", ROOT]),
+    "upload above 8 MiB": (
+        1000, page, send(WHEEL2, large_wheel), ["put", f"session {STORED2} if=0"]),
+    "upload of what is there": (
+        1000, page, send(WHEEL, lambda: BYTES),
+        [f"get {STORED}", f"insert {STORED} if=0"]),
+    "page after an upload": (1000, both(page, small), page, [FOLDER]),
+    "download after an upload": (
+        1000, both(page, small, page), fetch(url(WHEEL2)), []),
+    "removal": (1000, page, take_away, [f"delete {STORED} if=G", FOLDER, ROOT]),
+    "warm-up": (1000, nothing, fetch("/_ah/warmup"), ["list"]),
+    "health": (1000, nothing, fetch("/health"), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sync", "prepare", "act", "calls"), COST.values(), ids=COST)
+def test_what_it_costs(
+    cloud: Cloud, sync: float, prepare: Step, act: Step, calls: list[str]
+) -> None:
+    cloud.put(f"acme/{WHEEL}", BYTES, **facts(BYTES, python=">=3.8"))
+    client = cloud.instance(sync_seconds=sync)
+    prepare(client)
+    time.sleep(0.12 if sync == 0.1 else 0)
+    with cloud.calls() as sent:
+        act(client)
+    assert sent == sorted(calls)
+
+
+def test_a_start_asks_nothing_so_it_cannot_fail(played: Cloud) -> None:
+    played.wire.on("", unreachable)
+    with played.calls() as sent:
+        client = played.instance()
+        assert client.get("/").status == client.get("/health").status == 200
+    assert sent == []
+
+
+def test_the_two_lists_of_a_cold_page_are_sent_side_by_side(played: Cloud) -> None:
+    client, both = played.instance(), threading.Barrier(2)
+    played.wire.on("list", meanwhile(lambda: both.wait(5)))
+    assert client.page()["files"] == {}
+    assert not both.broken
+
+
+@pytest.mark.parametrize("age", ["cold", "old"])
+def test_requests_that_arrive_together_share_a_list(played: Cloud, age: str) -> None:
+    played.put(f"acme/{WHEEL}", BYTES)
+    client = played.instance(sync_seconds=0.3)
+    if age == "old":
+        page(client)
+        time.sleep(0.35)
+    played.wire.on("list", slowly)
+    with played.calls() as sent, ThreadPoolExecutor(16) as pool:
+        list(pool.map(page, [client] * 16))
+    assert sent == ([ROOT, FOLDER] if age == "cold" else [FOLDER])
+
+
+def test_without_any_delay_those_who_wait_share_a_list(played: Cloud) -> None:
+    """Who comes while a list is under way needs one that began later, all the same."""
+    played.put(f"acme/{WHEEL}", BYTES)
+    client = played.instance(sync_seconds=0)
+    played.wire.on("list", slowly)
+    with played.calls() as sent, ThreadPoolExecutor(16) as pool:
+        list(pool.map(page, [client] * 16))
+    assert len(sent) <= 4
+
+
+def test_the_simple_index_takes_a_list_per_1000_projects(played: Cloud) -> None:
+    assert played.google
+    for number in range(2_500):
+        played.google.keep(f"packages/p{number}/p{number}-1.0.tar.gz", b"", {})
+    client = played.instance()
+    with played.calls() as sent:
+        assert client.get("/simple/").text.count("<a ") == 2_500
+        assert client.get("/simple/", accept=JSON).body.count(b'"name"') == 2_500
+    assert sent == [ROOT] * 3
+
+
+@pytest.mark.parametrize("reads", [1, 2], ids=["at its end", "at its beginning"])
+def test_metadata_of_a_large_wheel_takes_a_read_or_two(
+    cloud: Cloud, reads: int
+) -> None:
+    """Of its tail, where PEP 427 wants .dist-info to be, and of where it is."""
+    parts = {"acme-2.0.dist-info/METADATA": make_metadata("acme", "2.0")}
+    code = {"x.bin": os.urandom(600_000)}
+    files = code | parts if reads == 1 else parts | code
+    wheel = make_zip(files, zipfile.ZIP_STORED)
+    cloud.put(f"acme/{WHEEL2}", wheel, **facts(wheel, "2.0"))
+    client = cloud.instance()
+    client.page()
+    with cloud.calls() as sent:
+        answer = client.get(url(WHEEL2) + ".metadata")
+    assert answer.body == make_metadata("acme", "2.0")
+    assert sent == [f"read part of {STORED2}"] * reads
+
+
+def test_each_file_of_a_removed_version_takes_one_delete(cloud: Cloud) -> None:
+    names = [WHEEL, "acme-1.0-py2-none-any.whl", "acme-1.0-1-py3-none-any.whl"]
+    for name in (*names, WHEEL2):
+        cloud.put(f"acme/{name}", b"x")
+    client = cloud.instance()
+    client.page()
+    with cloud.calls() as sent:
+        assert remove(client).status == 200
+    deletes = [f"delete packages/acme/{name} if=G" for name in names]
+    assert sent == sorted([*deletes, FOLDER, ROOT])
+    assert list(cloud.all()) == [f"acme/{WHEEL2}"]
+
+
+@pytest.mark.parametrize("projects", [1, 1000], ids=["of 10", "of 10,000"])
+def test_a_cold_page_takes_two_lists_and_no_time(played: Cloud, projects: int) -> None:
+    assert played.google
+    for number in range(projects):
+        for version in range(10):
+            name = f"packages/p{number}/p{number}-{version}.0-py3-none-any.whl"
+            played.google.keep(name, b"x", facts(b"x"))
+    took = []
+    for attempt in range(3):
+        client, began = played.instance(f"{attempt}"), time.monotonic()
+        with played.calls() as sent:
+            assert len(client.page("p0")["files"]) == 10
+        took.append(time.monotonic() - began)
+        assert sent == [ROOT, "list packages/p0/"]
+    assert min(took) < 0.25  # 5 ms or, as the playing of 1,000 prefixes counts, 50
+
+
+# ---- Who sees what, and when ---------------------------------------------------------
+
+
+def test_what_is_uploaded_is_in_the_store_with_its_facts(store: Store) -> None:
+    one, wheel = store.instance(), make_wheel(requires_python=">=3.8")
+    assert one.upload(WHEEL, wheel).status == 200
+    assert store.all() == {f"acme/{WHEEL}": wheel}
+    for client in (one, store.instance("two")):
+        file = client.page()["files"][WHEEL]
+        assert file["hashes"] == {"sha256": sha256(wheel)}
+        assert (file["size"], file["requires-python"]) == (len(wheel), ">=3.8")
+        metadata = client.get(url(WHEEL) + ".metadata").body
+        assert file["core-metadata"] == {"sha256": sha256(metadata)}
+        assert client.get(url(WHEEL)).body == wheel
+        assert client.get("/simple/").text.count("<a ") == 1
+        assert WHEEL in client.get("/packages/").text
+
+
+def test_facts_and_the_uploader_ride_in_custom_metadata(cloud: Cloud) -> None:
+    client = cloud.instance(authenticate="update")
+    client.app.users = pypi_ae.Users({"ci": hash_password("secret")})
+    client.headers["authorization"] = basic("ci:secret")
+    assert client.upload(WHEEL, BYTES).status == 200
+    wanted = {**facts(BYTES, python=">=3.8"), "uploader": "ci"}
+    assert cloud.metadata(f"acme/{WHEEL}") == wanted
+
+
+def test_a_worker_sees_at_once_what_another_did(store: Store) -> None:
+    one, other = store.instance(), store.instance()  # over one local directory
+    shown: list[str] = []
+    for client in (one, other, one, other):
+        name = f"acme-{len(shown)}.0-py3-none-any.whl"
+        assert client.upload(name, make_wheel(version=f"{len(shown)}.0")).status == 200
+        shown.append(name)
+        for each in (one, other):
+            assert list(each.page()["files"]) == shown
+            assert "acme" in each.get("/simple/").text
+    assert remove(one, "0.0").status == 200
+    assert [list(each.page()["files"]) for each in (one, other)] == [shown[1:]] * 2
+    assert other.get(url(shown[0])).status == 404
+
+
+@pytest.mark.parametrize("sync", [0, 0.3])
+def test_another_instance_sees_a_change_within_sync_seconds(
+    store: Store, sync: float
+) -> None:
+    one, two = store.instance(), store.instance("two", sync_seconds=sync)
+    one.upload(WHEEL, BYTES)
+    assert list(two.page()["files"]) == [WHEEL]
+    assert two.get(url(WHEEL)).body == BYTES  # and has it in its cache now
+    one.upload(WHEEL2, make_wheel(version="2.0"))
+    remove(one)
+    time.sleep(sync)
+    assert list(two.page()["files"]) == [WHEEL2]
+    assert two.get(url(WHEEL)).status == 404
+    one.upload("new-1.0-py3-none-any.whl", make_wheel("new"))
+    time.sleep(sync)
+    assert "new" in two.get("/simple/").text
+
+
+def test_what_is_not_known_is_not_denied_from_memory(store: Store) -> None:
+    store.put(f"acme/{WHEEL}", BYTES)
+    client = store.instance()
+    page(client)
+    simple(client)
+    store.put(f"acme/{WHEEL2}", b"2")
+    store.put("acme-3.0-py3-none-any.whl", b"3")  # loose
+    store.put(f"fresh/{WHEEL.replace('acme', 'fresh')}", b"4")
+    assert client.get(url("acme-3.0-py3-none-any.whl")).body == b"3"
+    assert client.get(url(WHEEL2)).body == b"2"
+    assert list(client.page("fresh")["files"]) == ["fresh-1.0-py3-none-any.whl"]
+
+
+@pytest.mark.parametrize("folder", ["acme/", ""], ids=["folder", "loose"])
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_what_changed_elsewhere_is_not_served_past_sync_seconds(
+    store: Store, folder: str, change: str
+) -> None:
+    store.put(folder + WHEEL, BYTES)
+    client = store.instance(sync_seconds=0.1)
+    assert client.get(url(WHEEL)).body == BYTES
+    other = make_wheel(code=b"other bytes")
+    store.put(folder + WHEEL, other)
+    if change == "deleted":
+        store.delete(folder + WHEEL)
+    # A directory may trust a look for a second more, if a file is rewritten in place.
+    time.sleep(1.2 if isinstance(store, Shared) else 0.12)
+    answer, shown = client.get(url(WHEEL)), client.page()["files"]
+    if change == "deleted":
+        assert (answer.status, shown) == (404, {})
+    else:
+        assert (answer.body, list(shown)) == (other, [WHEEL])
+
+
+@pytest.mark.parametrize("path", [url(WHEEL), url(WHEEL) + ".metadata"])
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_of_a_generation_that_is_gone_nothing_is_served(
+    played: Cloud, change: str, path: str
+) -> None:
+    """Not even within SYNC_SECONDS: the bucket has no such bytes any more."""
+    played.put(f"acme/{WHEEL}", BYTES, **facts(BYTES))
+    client, other = played.instance(), make_wheel(code=b"other")
+    page(client)
+    played.put(f"acme/{WHEEL}", other, **facts(other))
+    if change == "deleted":
+        played.delete(f"acme/{WHEEL}")
+    answer = client.get(path)
+    assert (answer.status, "retry-after" in answer.headers) == (503, True)
+    again = client.get(path)  # at once: the listing was found out of date
+    metadata = path.endswith(".metadata")
+    wanted = make_metadata("acme", "1.0") if metadata else other
+    assert again.status == 404 if change == "deleted" else again.body == wanted
+
+
+# ---- Downloads -----------------------------------------------------------------------
+
+
+def begin(client: Client, path: str) -> tuple[int, Any]:
+    """Status and body of an answer, as a server has them before it reads the body."""
+    environ: dict[str, Any] = {"REQUEST_METHOD": "GET", "PATH_INFO": path}
+    setup_testing_defaults(environ)
+    started: list[str] = []
+    start: Any = lambda status, *_: started.append(status)  # noqa: E731
+    body = client.app(environ, start)
+    return int(started[0][:3]), body
+
+
+@pytest.mark.parametrize("cache", [100, 0], ids=["kept", "too-large-to-keep"])
+def test_a_downloads_first_byte_does_not_wait_for_its_last(
+    played: Cloud, cache: int
+) -> None:
+    wheel = large_wheel()
+    played.put(f"acme/{WHEEL2}", wheel, **facts(wheel, "2.0"))
+    client, streams = played.instance(cache_mb=cache), list[Any]()
+
+    def watch(go: Go) -> requests.Response:
+        answer = go()
+        streams.append(answer.raw)
+        return answer
+
+    played.wire.on("read", watch)
+    _, body = begin(client, url(WHEEL2))
+    chunks = iter(body)
+    first = next(chunks)
+    assert 0 < len(first) <= streams[0].tell() < 1 << 20
+    assert first + b"".join(chunks) == wheel
+    assert len(local(client)) == (1 if cache else 0)
+
+
+def test_a_client_that_hangs_up_leaves_nothing(played: Cloud) -> None:
+    played.put(f"acme/{WHEEL2}", large_wheel())
+    client = played.instance()
+    _, body = begin(client, url(WHEEL2))
+    next(iter(body))
+    body.close()
+    assert local(client) == []
+    assert "sha256" not in played.metadata(f"acme/{WHEEL2}")
+
+
+def cut_short(go: Go) -> requests.Response:
+    """The stream ends after 1,000,000 bytes, however often it is asked."""
+    answer = go()
+    start = int(
+        re.sub(r"bytes (\d+)-.*", r"\1", answer.headers.get("Content-Range", "0"))
+    )
+    data = answer.raw.read()[: max(0, 1_000_000 - start)]
+    answer.raw = HTTPResponse(io.BytesIO(data), preload_content=False)
+    return answer
+
+
+def flip(go: Go) -> requests.Response:
+    answer = go()
+    data = bytearray(answer.raw.read())
+    data[1000] ^= 1
+    answer.raw = HTTPResponse(io.BytesIO(data), preload_content=False)
+    return answer
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip])
+@pytest.mark.parametrize("known", [True, False], ids=["facts", "by-hand"])
+@pytest.mark.parametrize("cache", [100, 1], ids=["kept", "too-large-to-keep"])
+def test_a_damaged_download_is_never_completed_and_never_kept(
+    played: Cloud, damage: Act, known: bool, cache: int
+) -> None:
+    wheel = large_wheel()
+    played.put(f"acme/{WHEEL2}", wheel, **facts(wheel, "2.0") if known else {})
+    client = played.instance(cache_mb=cache)
+    played.wire.on("read", damage)
+    _, body = begin(client, url(WHEEL2))
+    came = bytearray()
+    with pytest.raises(OSError, match="try again"):
+        came.extend(chunk for part in body for chunk in part)
+    body.close()
+    assert len(came) < len(wheel)
+    assert local(client) == []
+    assert ("sha256" in played.metadata(f"acme/{WHEEL2}")) == known
+    played.wire.heal()
+    assert client.get(url(WHEEL2)).body == wheel
+
+
+def test_damaged_metadata_is_not_served_and_not_kept(played: Cloud) -> None:
+    """The part of a wheel has no md5; the archive's CRC and our facts tell."""
+    metadata = make_metadata("acme", "1.0")
+    wheel = make_zip({"acme-1.0.dist-info/METADATA": metadata}, zipfile.ZIP_STORED)
+    played.put(f"acme/{WHEEL}", wheel, **facts(wheel))
+    client = played.instance()
+
+    def spoil(go: Go) -> requests.Response:
+        answer = go()
+        data = answer.raw.read().replace(b"Summary", b"Tummary")
+        answer.raw = HTTPResponse(io.BytesIO(data), preload_content=False)
+        return answer
+
+    played.wire.on("read", spoil)
+    assert client.get(url(WHEEL) + ".metadata").status != 200
+    assert local(client) == []
+    played.wire.heal()
+    assert client.get(url(WHEEL) + ".metadata").body == metadata
+
+
+def test_the_cache_is_bounded_and_forgets_the_least_recently_used(
+    cloud: Cloud,
+) -> None:
+    client = cloud.instance(cache_mb=1)
+    names = [f"acme-{n}.0-py3-none-any.whl" for n in range(4)]
+    wheels = [make_wheel(version=f"{n}.0", code=os.urandom(400_000)) for n in range(4)]
+    for name, wheel in zip(names[:3], wheels[:3], strict=True):
+        cloud.put(f"acme/{name}", wheel, **facts(wheel))
+    for use in (0, 1, 0, 2):  # 2 takes the place of 1
+        time.sleep(0.02)
+        assert client.get(url(names[use])).body == wheels[use]
+    with cloud.calls() as sent:
+        for use in (0, 2, 1):
+            time.sleep(0.02)
+            assert client.get(url(names[use])).body == wheels[use]
+    assert sent == [f"read packages/acme/{names[1]}"]
+    client.upload(names[3], wheels[3])
+    sizes = [p.stat().st_size for p in client.root.rglob("*") if p.is_file()]
+    assert 800_000 < sum(sizes) <= 1_000_000
+
+
+def test_an_upload_above_the_bound_does_not_empty_the_cache(cloud: Cloud) -> None:
+    cloud.put(f"acme/{WHEEL}", BYTES, **facts(BYTES))
+    client = cloud.instance(cache_mb=1)
+    client.get(url(WHEEL))
+    assert client.upload(WHEEL2, large_wheel()).status == 200
+    page(client)
+    with cloud.calls() as sent:
+        assert client.get(url(WHEEL)).body == BYTES
+    assert sent == []
+
+
+# ---- Objects that were copied in by hand ---------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["acme/", ""], ids=["folder", "loose"])
+@pytest.mark.parametrize("cache", [100, 0], ids=["kept", "too-large-to-keep"])
+def test_facts_are_learned_when_a_file_is_first_read_in_full(
+    cloud: Cloud, folder: str, cache: int
+) -> None:
+    wheel = make_wheel(requires_python=">=3.8")
+    cloud.put(folder + WHEEL, wheel, made_by="hand")
+    client = cloud.instance(cache_mb=cache)
+    file = client.page()["files"][WHEEL]
+    assert file["hashes"] == {"md5": hashlib.md5(wheel).hexdigest()}
+    assert file["size"] == len(wheel)
+    assert client.get(url(WHEEL), range="bytes=0-9").status == 206
+    assert cloud.metadata(folder + WHEEL) == {"made-by": "hand"}
+    with cloud.calls() as sent:
+        assert client.get(url(WHEEL)).body == wheel
+    name = f"packages/{folder}{WHEEL}"
+    assert (f"patch {name}" in sent, f"read {name}" in sent) == (True, True)
+    wanted = {"made-by": "hand", **facts(wheel, python=">=3.8")}
+    assert cloud.metadata(folder + WHEEL) == wanted
+    file = client.page()["files"][WHEEL]
+    assert file["hashes"] == {"sha256": wanted["sha256"]}
+    assert file["core-metadata"] == {"sha256": wanted["core-metadata"]}
+    assert file["requires-python"] == ">=3.8"
+    assert client.get(url(WHEEL) + ".metadata").body == make_metadata(
+        "acme", "1.0", ">=3.8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("trouble", "learned"),
+    [(lose, True), (refuse(503), False), (refuse(403), False), (refuse(412), False)],
+    ids=["lost answer", "503", "403", "412"],
+)
+def test_a_file_whose_facts_cannot_be_written_is_served(
+    played: Cloud, trouble: Act, learned: bool
+) -> None:
+    played.put(f"acme/{WHEEL}", BYTES)
+    client = played.instance()
+    played.wire.on("patch", trouble, 1 if learned else 1000)
+    assert client.get(url(WHEEL)).body == BYTES
+    assert ("sha256" in played.metadata(f"acme/{WHEEL}")) == learned
+    assert client.get(url(WHEEL)).body == BYTES
+
+
+def test_facts_are_not_written_over_what_another_changed(played: Cloud) -> None:
+    played.put(f"acme/{WHEEL}", BYTES)
+    client = played.instance()
+
+    def yank() -> None:
+        there = played.hand.get(STORED)
+        versions = {"generation": there.generation, "metageneration": 1}
+        played.hand.patch(STORED, {"yanked": "broken"}, **versions)
+
+    played.wire.on("patch", meanwhile(yank), 1)
+    assert client.get(url(WHEEL)).body == BYTES
+    assert played.metadata(f"acme/{WHEEL}") == {"yanked": "broken"}
+    assert client.page()["files"][WHEEL]["yanked"] == "broken"
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"), [("broken <b>", "broken <b>"), ("", True)], ids=["why", "no"]
+)
+def test_the_metadata_key_yanked_yanks(
+    cloud: Cloud, reason: str, shown: str | bool
+) -> None:
+    cloud.put(f"acme/{WHEEL}", BYTES, yanked=reason)
+    client = cloud.instance()
+    assert client.page()["files"][WHEEL]["yanked"] == shown
+    text = client.get("/simple/acme/").text
+    assert 'data-yanked="broken &lt;b&gt;"' in text if reason else "data-yanked" in text
+
+
+def test_a_yank_shows_within_sync_seconds(played: Cloud) -> None:
+    played.put(f"acme/{WHEEL}", BYTES, **facts(BYTES))
+    client = played.instance(sync_seconds=0)
+    assert client.page()["files"][WHEEL]["yanked"] is False
+    generation = played.hand.get(STORED).generation
+    key = {"yanked": "broken"}
+    played.hand.patch(STORED, key, generation=generation, metageneration=1)
+    assert client.page()["files"][WHEEL]["yanked"] == "broken"
+
+
+def test_signatures_are_objects_beside_their_file(store: Store) -> None:
+    one, two = store.instance(), store.instance("two", sync_seconds=0)
+    assert one.upload(WHEEL, BYTES, gpg_signature=b"-----BEGIN 1").status == 200
+    assert store.all()[f"acme/{WHEEL}.asc"] == b"-----BEGIN 1"
+    for client in (one, two):
+        assert client.page()["files"][WHEEL]["gpg-sig"] is True
+        assert list(client.page()["files"]) == [WHEEL]
+        assert client.get(url(WHEEL) + ".asc").body == b"-----BEGIN 1"
+    assert remove(two).status == 200
+    assert store.all() == {}
+
+
+@pytest.mark.parametrize("signature", [b"-----BEGIN 2", b""], ids=["new", "none"])
+def test_a_replaced_file_has_its_own_signature(store: Store, signature: bytes) -> None:
+    client, other = store.instance(overwrite="yes"), make_wheel(code=b"other")
+    client.upload(WHEEL, BYTES, gpg_signature=b"-----BEGIN 1")
+    signed: dict[str, Any] = {"gpg_signature": signature} if signature else {}
+    assert client.upload(WHEEL, other, **signed).status == 200
+    assert client.get(url(WHEEL)).body == other
+    answer = client.get(url(WHEEL) + ".asc")
+    assert answer.body == signature if signature else answer.status == 404
+
+
+def test_a_signature_that_could_not_be_stored_may_be_sent_again(played: Cloud) -> None:
+    client = played.instance()
+    played.wire.on(f"insert {STORED}.asc", refuse(503))
+    assert client.upload(WHEEL, BYTES, gpg_signature=b"-----BEGIN").status == 503
+    played.wire.heal()
+    assert client.upload(WHEEL, BYTES, gpg_signature=b"-----BEGIN").status == 200
+    assert client.get(url(WHEEL) + ".asc").body == b"-----BEGIN"
+
+
+# ---- Writers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("instances", [("one", "one"), ("one", "two")],
+                         ids=["two workers", "two machines"])  # fmt: skip
+@pytest.mark.parametrize(("agent", "lost"), [("twine/6", 400), ("uv/0.9", 409)])
+def test_of_writers_that_race_one_wins(
+    store: Store, instances: tuple[str, str], agent: str, lost: int
+) -> None:
+    clients = [store.instance(name) for name in instances] * 4
+    wheels = [make_wheel(requires_python=f">=3.{n}") for n in range(8)]
+
+    def race(number: int) -> Answer:
+        form = upload_form(WHEEL, wheels[number])
+        return clients[number].post(form, user_agent=agent)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(race, range(8)))
+    statuses = [answer.status for answer in answers]
+    assert sorted(statuses) == [200] + [lost] * 7
+    assert all("already exists" in a.reason for a in answers if a.status == lost)
+    winner = statuses.index(200)
+    assert store.all() == {f"acme/{WHEEL}": wheels[winner]}
+    if isinstance(store, Cloud):
+        wanted = facts(wheels[winner], python=f">=3.{winner}")
+        assert store.metadata(f"acme/{WHEEL}") == wanted
+    for client in clients[:2]:
+        file = client.page()["files"][WHEEL]
+        assert file["hashes"] == {"sha256": sha256(wheels[winner])}
+        assert client.get(url(WHEEL)).body == wheels[winner]
+
+
+@pytest.mark.parametrize("folder", ["acme/", ""], ids=["folder", "loose"])
+@pytest.mark.parametrize("known", [True, False], ids=["facts", "by-hand"])
+@pytest.mark.parametrize("agent", ["twine/6", "uv/0.9"])
+def test_a_name_that_is_taken(
+    store: Store, folder: str, known: bool, agent: str
+) -> None:
+    store.put(folder + WHEEL, BYTES, **facts(BYTES) if known else {})
+    client, other = store.instance(), make_wheel(code=b"other")
+    form = functools.partial(upload_form, WHEEL)
+    assert client.post(form(BYTES), user_agent=agent).status == 200
+    refused = client.post(form(other), user_agent=agent)
+    assert refused.status == (400 if "twine" in agent else 409)
+    assert "already exists" in refused.reason
+    assert store.all() == {folder + WHEEL: BYTES}
+    assert client.get(url(WHEEL)).body == BYTES
+
+
+@pytest.mark.parametrize("folder", ["acme/", ""], ids=["folder", "loose"])
+def test_overwriting_replaces_what_is_there(store: Store, folder: str) -> None:
+    store.put(folder + WHEEL, BYTES, yanked="no", **facts(BYTES))
+    one, two = (store.instance(n, overwrite="yes", sync_seconds=0) for n in "12")
+    assert two.get(url(WHEEL)).body == BYTES
+    other = make_wheel(code=b"other")
+    assert one.upload(WHEEL, other).status == 200
+    assert store.all() == {f"acme/{WHEEL}": other}
+    for client in (one, two):
+        assert client.get(url(WHEEL)).body == other
+        file = client.page()["files"][WHEEL]
+        assert file["hashes"] == {"sha256": sha256(other)}
+    if isinstance(store, Cloud):
+        assert store.metadata(f"acme/{WHEEL}") == facts(other)
+
+
+def test_overwriting_gives_way_to_who_was_quicker(played: Cloud) -> None:
+    """The generation that was looked at is the one that is replaced, or none is."""
+    played.put(f"acme/{WHEEL}", BYTES)
+    client, third = played.instance(overwrite="yes"), make_wheel(code=b"third")
+    race = meanwhile(lambda: played.put(f"acme/{WHEEL}", third))
+    played.wire.on(f"insert {STORED} if=G", race, 1)
+    with played.calls() as sent:
+        assert client.upload(WHEEL, make_wheel(code=b"mine")).status in (409, 503)
+    assert f"insert {STORED} if=G" in sent
+    assert played.all() == {f"acme/{WHEEL}": third}
+
+
+@pytest.mark.parametrize("wheel", [BYTES, large_wheel("1.0")], ids=["one", "session"])
+@pytest.mark.parametrize("call", ["insert", "session", "put"])
+def test_a_create_whose_answer_is_lost_is_done(
+    played: Cloud, wheel: bytes, call: str
+) -> None:
+    client = played.instance()
+    played.wire.on(call, lose, 1)
+    assert client.upload(WHEEL, wheel).status == 200
+    assert played.all() == {f"acme/{WHEEL}": wheel}
+    assert client.page()["files"][WHEEL]["hashes"] == {"sha256": sha256(wheel)}
+
+
+def test_a_create_whose_answer_is_lost_is_not_taken_for_anothers(
+    played: Cloud,
+) -> None:
+    """A 503 first, then a 412: somebody else's bytes are not ours."""
+    client, other = played.instance(), make_wheel(code=b"other")
+
+    def overtake(go: Go) -> requests.Response:
+        played.put(f"acme/{WHEEL}", other, **facts(other))
+        return reply(503)
+
+    played.wire.on("insert", overtake, 1)
+    assert client.upload(WHEEL, BYTES).status == 409
+    assert client.get(url(WHEEL)).body == other
+
+
+def test_a_removal_whose_answer_is_lost_is_done(played: Cloud) -> None:
+    played.put(f"acme/{WHEEL}", BYTES)
+    client = played.instance()
+    played.wire.on("delete", lose, 1)
+    assert remove(client).status == 200
+    assert client.page()["files"] == played.all() == {}
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_removals_that_race(played: Cloud, change: str) -> None:
+    played.put(f"acme/{WHEEL}", BYTES)
+    client, other = played.instance(), make_wheel(code=b"other")
+    action: Callable[[], None] = functools.partial(played.delete, f"acme/{WHEEL}")
+    if change == "replaced":  # what nobody asked to remove stays
+        action = functools.partial(played.put, f"acme/{WHEEL}", other)
+    played.wire.on("delete", meanwhile(action), 1)
+    answer = remove(client)
+    assert answer.status == (200 if change == "removed" else 503)
+    assert ("retry-after" in answer.headers) == (change == "replaced")
+    assert list(played.all().values()) == ([] if change == "removed" else [other])
+    assert len(client.page()["files"]) == len(played.all())
+
+
+# ---- When the bucket cannot be asked -------------------------------------------------
+
+
+def store_other(go: Go) -> requests.Response:
+    """The answer tells of other bytes than were sent."""
+    answer = go()
+    told = {**answer.json(), "md5Hash": base64.b64encode(bytes(16)).decode()}
+    return reply(answer.status_code, told)
+
+
+TROUBLE: dict[str, Act] = {
+    "503": refuse(503),
+    "503 for a while": refuse(503, Retry_After="30"),
+    "429": refuse(429),
+    "403": refuse(403),
+    "404, no bucket": refuse(404),
+    "connection refused": unreachable,
+    "not JSON": lambda go: reply(200, b"<html>"),
+}
+
+
+PUSHES = [
+    pytest.param(wheel, call, trouble, id=f"{call}-{name}")
+    for call, wheel in (
+        ("insert", BYTES),
+        ("session", large_wheel("1.0")),
+        ("put", large_wheel("1.0")),
+    )
+    for name, trouble in {**TROUBLE, "other md5": store_other}.items()
+    if (call, name) != ("session", "other md5")  # its answer tells of no bytes
+]
+
+
+@pytest.mark.parametrize(("wheel", "call", "trouble"), PUSHES)
+def test_a_failed_push_leaves_no_trace_and_may_be_sent_again(
+    played: Cloud, wheel: bytes, call: str, trouble: Act
+) -> None:
+    client = played.instance()
+    client.page()
+    played.wire.on(call, trouble)
+    answer = client.upload(WHEEL, wheel)
+    assert (answer.status, "retry-after" in answer.headers) == (503, True)
+    assert local(client) == []
+    assert played.all() == client.page()["files"] == {}
+    assert client.get(url(WHEEL)).status == 404
+    played.wire.heal()
+    assert client.upload(WHEEL, wheel).status == 200
+    assert list(client.page()["files"]) == [WHEEL]
+    assert played.all() == {f"acme/{WHEEL}": wheel}
+
+
+READS = [
+    pytest.param(call, path, trouble, id=f"{call}-{path}-{name}")
+    for call, path in (
+        ("list", "/simple/acme/"),
+        ("list", "/simple/"),
+        ("list", "/packages/"),
+        ("list", "/_ah/warmup"),
+        ("list", url(WHEEL)),
+        ("read", url(WHEEL)),
+        ("read", url(WHEEL) + ".metadata"),
+        ("get", url(WHEEL) + ".asc"),
+    )
+    for name, trouble in TROUBLE.items()
+    if name != "not JSON" or (call != "read" and "warmup" not in path)
+]
+
+
+@pytest.mark.parametrize(("call", "path", "trouble"), READS)
+def test_what_cannot_be_read_is_503_and_nothing_is_remembered_of_it(
+    played: Cloud, call: str, path: str, trouble: Act
+) -> None:
+    played.put(f"acme/{WHEEL}", BYTES, **facts(BYTES))
+    played.put(f"acme/{WHEEL}.asc", b"-----BEGIN")
+    client = played.instance()
+    played.wire.on(call, trouble)
+    answer = client.get(path)
+    assert (answer.status, "retry-after" in answer.headers) == (503, True)
+    assert "Traceback" not in answer.text
+    played.wire.heal()
+    assert client.get(path).status == 200
+
+
+def test_a_removal_that_fails_may_be_sent_again(played: Cloud) -> None:
+    played.put(f"acme/{WHEEL}", BYTES)
+    client = played.instance()
+    played.wire.on("delete", refuse(503))
+    assert remove(client).status == 503
+    page(client)
+    played.wire.heal()
+    assert remove(client).status == 200
+    assert client.page()["files"] == {}
+
+
+# ---- Tidying -------------------------------------------------------------------------
+# Without the emulator: it gives a patched object a new generation.
+
+LOOSE = {WHEEL: BYTES, "b_c-1.0-py3-none-any.whl": make_wheel("b_c")}
+
+
+def tidy(store: Store, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    """python pypi_ae.py tidy, its settings from the environment."""
+    store.instance()  # makes its folders
+    monkeypatch.setenv("LOCAL_PACKAGE_DIRECTORY", str(store.folder / "one"))
+    for name, value in store.settings.items():
+        monkeypatch.setenv(name.upper(), str(value))
+    return main(["tidy", *flags])
+
+
+@pytest.mark.parametrize("store", ["played", "folder"], indirect=True)
+def test_tidy_learns_all_facts_and_moves_loose_files_home(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, data in LOOSE.items():
+        store.put(name, data)
+    store.put(f"acme/{WHEEL2}", make_wheel(version="2.0"))
+    store.put("notes.txt", b"not ours")
+    before = store.all()
+    assert tidy(store, monkeypatch, "--dry-run") == 0
+    assert store.all() == before
+    foretold = capsys.readouterr().out.replace("to do", "done")
+    if isinstance(store, Cloud):
+        assert not any(map(store.metadata, before))
+    assert tidy(store, monkeypatch) == 0
+    assert capsys.readouterr().out == foretold
+    moved = {f"acme/{WHEEL}": BYTES, f"b-c/{[*LOOSE][1]}": LOOSE[[*LOOSE][1]]}
+    kept = {name: before[name] for name in ("notes.txt", f"acme/{WHEEL2}")}
+    assert store.all() == moved | kept
+    if isinstance(store, Cloud):
+        wanted = facts(BYTES, python=">=3.8")
+        assert store.metadata(f"acme/{WHEEL}") == wanted
+        assert "sha256" in store.metadata(f"acme/{WHEEL2}")
+    assert tidy(store, monkeypatch) == 0
+    assert capsys.readouterr().out == "0 done\n"
+    assert len(store.instance("new").page()["files"]) == 2
+
+
+@pytest.mark.parametrize("call", ["read", "patch", "rewrite", "delete"])
+@pytest.mark.parametrize("times", [0, 1], ids=["first", "second"])
+def test_tidy_that_is_interrupted_goes_on(
+    played: Cloud, monkeypatch: pytest.MonkeyPatch, call: str, times: int
+) -> None:
+    for name, data in LOOSE.items():
+        played.put(name, data)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    if times:
+        played.wire.on(call, lambda go: go(), times)
+    played.wire.on(call, meanwhile(interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tidy(played, monkeypatch)
+    played.wire.heal()
+    assert tidy(played, monkeypatch) == 0
+    wanted = {f"acme/{WHEEL}": BYTES, f"b-c/{[*LOOSE][1]}": LOOSE[[*LOOSE][1]]}
+    assert played.all() == wanted
+    assert all("sha256" in played.metadata(name) for name in wanted)
+    assert not list((played.folder / "one").rglob("staging/*"))
+
+
+@pytest.mark.parametrize("store", ["played", "folder"], indirect=True)
+def test_tidy_takes_signatures_along(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put(WHEEL, BYTES)
+    store.put(f"{WHEEL}.asc", b"-----BEGIN")
+    assert tidy(store, monkeypatch) == 0
+    wanted = {f"acme/{WHEEL}": BYTES, f"acme/{WHEEL}.asc": b"-----BEGIN"}
+    assert store.all() == wanted
+    assert store.instance("new").get(url(WHEEL) + ".asc").body == b"-----BEGIN"
+
+
+def test_tidy_of_a_directory_that_was_interrupted_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "packages"
+    (root / "acme").mkdir(parents=True)
+    for name, data in LOOSE.items():
+        (root / name).write_bytes(data)
+    (root / "acme" / WHEEL).hardlink_to(root / WHEEL)  # the old name was to go next
+    assert main(["tidy", str(root)]) == 0
+    files = [p for p in root.rglob("*.whl") if p.is_file()]
+    assert sorted(str(p.relative_to(root)) for p in files) == [
+        f"acme/{WHEEL}",
+        f"b-c/{[*LOOSE][1]}",
+    ]
+
+
+@pytest.mark.parametrize("store", ["played", "folder"], indirect=True)
+def test_tidy_never_loses_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loose file and one in the folder have a name in common, but not their bytes."""
+    store.put(WHEEL, make_wheel(code=b"loose"))
+    store.put(f"acme/{WHEEL}", BYTES)
+    store.put([*LOOSE][1], LOOSE[[*LOOSE][1]])
+    before = store.all()
+    assert tidy(store, monkeypatch) == 0
+    after = store.all()
+    assert set(after.values()) == set(before.values())
+    assert f"b-c/{[*LOOSE][1]}" in after  # and what is in order was done
+
+
+# ---- Settings, and what is missing ---------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", ["prod", "production", "test"])
+def test_a_tier_that_needs_a_bucket_says_so(
+    tier: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TIER", tier)
+    assert main([]) == 2
+    assert "set BUCKET_NAME" in capsys.readouterr().err
+
+
+def test_the_ancestors_flat_layout_is_listed_and_served(store: Store) -> None:
+    for name, data in LOOSE.items():
+        store.put(name, data)
+    client = store.instance()
+    links = re.findall(r">([\w.-]+)</a>", client.get("/simple/").text)
+    assert links == ["acme", "b-c"]
+    assert client.get(url(WHEEL)).body == client.get(f"/packages/{WHEEL}").body
+    assert client.get(url([*LOOSE][1], "b-c")).body == LOOSE[[*LOOSE][1]]
+    assert client.upload(WHEEL2, make_wheel(version="2.0")).status == 200
+    assert list(client.page()["files"]) == [WHEEL, WHEEL2]
+    assert remove(client).status == 200
+    assert list(client.page()["files"]) == [WHEEL2]
+
+
+PARTS = ("requests", "urllib3", "idna", "certifi", "charset_normalizer")
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [((), "gcs_rest"), (("gcs_rest",), "requests"), (("gcs_rest", *PARTS), "google")],
+    ids=["gcs_rest", "requests", "google-auth"],
+)
+def test_what_a_bucket_needs_and_is_missing_is_named(
+    tmp_path: Path, there: tuple[str, ...], missing: str
+) -> None:
+    (tmp_path / "pypi_ae.py").write_bytes(MODULE.read_bytes())
+    for name in there:
+        spec = importlib.util.find_spec(name)
+        assert spec
+        assert spec.origin
+        path = Path(spec.origin)
+        path = path.parent if path.name == "__init__.py" else path
+        (tmp_path / path.name).symlink_to(path)
+    # -S: without any installed package
+    command = [sys.executable, "-S", "-E", "pypi_ae.py", "-p", "0"]
+    environ = {"BUCKET_NAME": "b", "TIER": "prod", "LOCAL_PACKAGE_DIRECTORY": "here"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=10
+    )
+    assert done.returncode == 2
+    said = done.stderr.splitlines()[-1]
+    assert "pip install google-auth requests" in said
+    assert f"No module named '{missing}" in said
+    assert "Traceback" not in done.stderr
+
+
+# ---- End to end ----------------------------------------------------------------------
+# gunicorn processes on one bucket of the emulator, each with a directory of its own;
+# twine, pip and uv ask them, and a relay in between counts what they ask the bucket.
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes bytes on to the emulator, as far as it may; `calls` are what was asked."""
+
+    daemon_threads = True
+
+    def __init__(self, there: str) -> None:
+        super().__init__(("127.0.0.1", 0), Passage)
+        self.there = urlsplit(there).hostname, urlsplit(there).port
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.calls: list[str] = []
+        self.limit = sys.maxsize  # bytes after which a connection hangs, then breaks
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+
+class Passage(socketserver.BaseRequestHandler):
+    server: Relay
+
+    def handle(self) -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(self.server.there) as there,
+        ):
+            back = threading.Thread(target=self.pass_back, args=(there,), daemon=True)
+            back.start()
+            passed = 0
+            while data := self.request.recv(1 << 16):
+                found = re.findall(rb"^([A-Z]+) (/\S+) HTTP/1.1\r$", data, re.M)
+                self.server.calls += [f"{m.decode()} {p.decode()}" for m, p in found]
+                passed += len(data)
+                if passed > self.server.limit:
+                    self.server.reached.set()
+                    self.server.go_on.wait(30)
+                    return
+                there.sendall(data)
+
+    def pass_back(self, there: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := there.recv(1 << 18):
+                self.request.sendall(data)
+
+
+@pytest.fixture
+def relay(emulator: str) -> Iterator[Relay]:
+    with Relay(emulator) as relay:
+        serving = threading.Thread(target=relay.serve_forever, args=(0.05,))
+        serving.start()
+        yield relay
+        relay.go_on.set()
+        relay.shutdown()
+        serving.join(10)
+
+
+@pytest.fixture
+def own_bucket(emulator: str) -> str:
+    """The name of a new bucket in the emulator."""
+    name = f"b{next(BUCKETS):05}"
+    answer = requests.post(f"{emulator}/storage/v1/b", json={"name": name}, timeout=10)
+    answer.raise_for_status()
+    return name
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """Starts servers, which end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda name, **settings: stack.enter_context(
+            running("gunicorn", tmp_path / name, **{"TIER": "prod", **settings})
+        )
+
+
+@pytest.mark.parametrize("sync", ["0", "1"])
+def test_published_at_one_server_installed_from_the_other(
+    tmp_path: Path,
+    relay: Relay,
+    own_bucket: str,
+    start_server: StartServer,
+    sync: str,
+) -> None:
+    settings = {"STORAGE_EMULATOR_HOST": relay.url, "BUCKET_NAME": own_bucket}
+    one = start_server("one", SYNC_SECONDS=sync, **settings)
+    two = start_server("two", SYNC_SECONDS=sync, **settings)
+    old, new = (write_wheel(tmp_path, "acme", version) for version in ("1.0", "2.0"))
+    clients = [Clients(server.home, server) for server in (one, two)]
+    clients[0].run("twine", "upload", old)
+    assert two.names("acme") == one.names("acme") == [old.name]
+    clients[0].run("twine", "upload", new)
+    shown = time.monotonic() + float(sync)
+    if sync == "0":
+        assert [two.names("acme") for _ in range(8)] == [[old.name, new.name]] * 8
+    assert one.names("acme") == [old.name, new.name]
+    time.sleep(max(0, shown - time.monotonic()))
+    assert two.names("acme") == [old.name, new.name]
+    clients[1].run("pip", "install", "--target", "pip", "acme==2.0")
+    clients[1].run("uv", "pip", "install", "--target", "uv", "acme==2.0")
+    clients[1].imports("pip", "acme")
+    clients[1].imports("uv", "acme")
+    if sync == "1":  # a third one, cold: its first page
+        three = start_server("three", **settings)
+        del relay.calls[:]
+        assert three.names("acme") == [old.name, new.name]
+        lists = f"GET /storage/v1/b/{own_bucket}/o?"
+        assert [call.startswith(lists) for call in relay.calls] == [True, True]
+        assert sum("delimiter=%2F" in call for call in relay.calls) == 1
+
+
+def test_of_processes_that_race_for_one_name_one_wins(
+    emulator: str, own_bucket: str, start_server: StartServer
+) -> None:
+    settings = {"STORAGE_EMULATOR_HOST": emulator, "BUCKET_NAME": own_bucket}
+    both = [start_server(name, SYNC_SECONDS="0", **settings) for name in ("one", "two")]
+    wheels = [make_wheel(code=bytes([n])) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(
+                lambda n: both[n % 2].upload(WHEEL, [wheels[n]], len(wheels[n])),
+                range(8),
+            )
+        )
+    statuses = [answer.status for answer in answers]
+    assert sorted(statuses) == [200] + [409] * 7
+    winner = wheels[statuses.index(200)]
+    for server in both:
+        assert server.ask("GET", url(WHEEL)).body == winner
+        assert sha256(winner).encode() in server.ask("GET", "/simple/acme/").body
+
+
+def send_and_kill(
+    server: Server, wheel: bytes, until: Callable[[], object], *, hold: int
+) -> None:
+    """Send an upload but for its last `hold` bytes, and kill the server meanwhile."""
+    first, last = form_around(WHEEL2)
+    form, where = first + wheel + last, urlsplit(server.url)
+    headers = {"Host": "x", **FORM_HEADERS, "Content_Length": len(form)}
+    lines = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in headers.items())
+    with socket.create_connection((where.hostname, where.port), 10) as client:
+        client.sendall(f"POST / HTTP/1.1\r\n{lines}\r\n".encode())
+        client.sendall(form[: len(form) - hold])
+        assert wait_until(until)
+        server.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", ["it arrives", "it is pushed"])
+def test_killed_in_an_upload_nothing_is_listed_and_it_may_be_sent_again(
+    relay: Relay,
+    emulator: str,
+    own_bucket: str,
+    start_server: StartServer,
+    moment: str,
+) -> None:
+    there = {"BUCKET_NAME": own_bucket, "SYNC_SECONDS": "0"}
+    one = start_server("one", STORAGE_EMULATOR_HOST=relay.url, **there)
+    two = start_server("two", STORAGE_EMULATOR_HOST=emulator, **there)
+    wheel, relay.limit = large_wheel(), 4 << 20
+
+    def is_staged() -> bool:
+        staged = one.home.rglob("staging/*")
+        return any(path.stat().st_size > 8 << 20 for path in staged)
+
+    if moment == "it arrives":
+        send_and_kill(one, wheel, is_staged, hold=50)
+    else:
+        send_and_kill(one, wheel, relay.reached.is_set, hold=0)
+        assert [call for call in relay.calls if call.startswith("PUT ")]
+    relay.limit = sys.maxsize
+    relay.go_on.set()
+    time.sleep(0.3)  # for what is left on its way to the bucket
+    one.start()
+    for server in (one, two):
+        assert server.names("acme") == []
+        assert server.ask("GET", url(WHEEL2)).status == 404
+    assert one.upload(WHEEL2, [wheel], len(wheel)).status == 200
+    for server in (one, two):
+        assert server.names("acme") == [WHEEL2]
+        assert server.ask("GET", url(WHEEL2)).body == wheel
+
+
+def put_flat(emulator: str, bucket: str, name: str, path: Path) -> None:
+    """What `gcloud storage cp` does, and what the ancestor did."""
+    there = f"{emulator}/upload/storage/v1/b/{bucket}/o"
+    query = {"uploadType": "media", "name": name}
+    requests.post(there, params=query, data=path.read_bytes()).raise_for_status()
+
+
+@pytest.fixture
+def ancestor(
+    tmp_path: Path, emulator: str, own_bucket: str, start_server: StartServer
+) -> Server:
+    """A server set up by an app.yaml of the ancestor, with what that left behind."""
+    for name in ("acme", "other"):
+        path = write_wheel(tmp_path, name)
+        put_flat(emulator, own_bucket, f"pkgs/{path.name}", path)
+    return start_server(
+        "ancestor",
+        BUCKET_NAME=own_bucket,
+        REMOTE_PACKAGE_DIRECTORY="pkgs",
+        TIER="production",
+        STORAGE_EMULATOR_HOST=emulator,
+        GAE_ENV="standard",
+        GOOGLE_CLOUD_PROJECT="project",
+    )
+
+
+def test_an_app_yaml_of_the_ancestor_starts_and_its_flat_files_are_served(
+    tmp_path: Path, ancestor: Server
+) -> None:
+    assert ancestor.ask("GET", "/_ah/warmup").status == 200
+    assert ancestor.names("acme") == [WHEEL]
+    assert ancestor.ask("GET", url(WHEEL)).body == (tmp_path / WHEEL).read_bytes()
+    clients = Clients(tmp_path, ancestor)
+    clients.run("pip", "install", "--target", "there", "acme", "other")
+    clients.imports("there", "acme, other")
+
+
+def test_the_log_is_as_cloud_logging_reads_it(tmp_path: Path, ancestor: Server) -> None:
+    new = write_wheel(tmp_path, "acme", "2.0")
+    Clients(tmp_path, ancestor).run("twine", "upload", new)
+    trace = {"X_Cloud_Trace_Context": "105445aa7843bc8bf206b12000100000/1;o=1"}
+    wrong = {**FORM_HEADERS, **trace, "Authorization": basic("ci:Wr0ng")}
+    assert ancestor.ask("POST", "/", [b"x"], Content_Length="1", **wrong).status == 401
+    text = ancestor.log()
+    entries = [json.loads(line) for line in text.splitlines() if line[:1] == "{"]
+    (added,) = (entry for entry in entries if "added" in entry["message"])
+    assert added["severity"] == "INFO"
+    parts = (new.name, sha256(new.read_bytes()), USER)
+    assert [part for part in parts if part not in added["message"]] == []
+    (refused,) = (entry for entry in entries if "401" in entry["message"])
+    assert refused["severity"] == "WARNING"
+    assert refused["httpRequest"]["requestMethod"] == "POST"
+    told = "projects/project/traces/105445aa7843bc8bf206b12000100000"
+    assert refused["logging.googleapis.com/trace"] == told
+    login = FORM_HEADERS["Authorization"].split()[1]
+    assert [word for word in (PASSWORD, "Wr0ng", login) if word in text] == []
+
+
+def test_the_command_tidy_works_on_a_bucket(
+    tmp_path: Path, emulator: str, own_bucket: str
+) -> None:
+    path = write_wheel(tmp_path, "acme")
+    put_flat(emulator, own_bucket, f"packages/acme/{path.name}", path)
+    environ = clean_environ(tmp_path) | {"BUCKET_NAME": own_bucket, "TIER": "prod"}
+    environ |= {"STORAGE_EMULATOR_HOST": emulator, "LOCAL_PACKAGE_DIRECTORY": "cache"}
+    said = []
+    for flags in (["--dry-run"], [], []):
+        command = [sys.executable, str(MODULE), "tidy", *flags]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environ, capture_output=True, timeout=30
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.decode())
+    lines = f"     1 facts of packages/acme/{path.name}\n"
+    assert said == [f"{lines}1 to do\n", f"{lines}1 done\n", "0 done\n"]
+
+
+def memory(server: Server, what: str) -> int:
+    """MB of all its processes."""
+    texts = [Path(f"/proc/{pid}/status").read_text() for pid in server.pids()]
+    found = [re.search(rf"{what}:\s*(\d+) kB", text) for text in texts]
+    return sum(int(match[1]) for match in found if match) // 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read in Linux's /proc")
+@pytest.mark.parametrize("cache", ["600", "10"], ids=["kept", "too-large-to-keep"])
+def test_half_a_gigabyte_goes_up_and_down_in_little_memory(
+    emulator: str, own_bucket: str, start_server: StartServer, cache: str
+) -> None:
+    name, zeros = "acme_huge-1.0-py3-none-any.whl", 500 << 20
+    size = sum(map(len, huge_wheel(0))) + zeros
+    there = {"BUCKET_NAME": own_bucket, "STORAGE_EMULATOR_HOST": emulator}
+    server = start_server("server", CACHE_MB=cache, **there)
+    for _ in range(8):  # until both workers have imported all they need
+        server.names("acme-huge")
+    idle, began, sent, came = memory(server, "VmRSS"), time.monotonic(), 0, 0
+
+    def watched() -> Iterator[bytes]:
+        nonlocal sent
+        for piece in huge_wheel(zeros):
+            sent = zlib.crc32(piece, sent)
+            yield piece
+
+    assert server.upload(name, watched(), size).status == 200
+
+    def kept() -> list[Path]:
+        return list(server.home.rglob(f"cache/*{name}"))
+
+    assert len(kept()) == (cache == "600")
+    for path in kept():
+        path.unlink()  # so that it has to come from the bucket
+    connection = HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", url(name, "acme-huge"))
+        answer = connection.getresponse()
+        while block := answer.read(1 << 20):
+            came = zlib.crc32(block, came)
+    peak, seconds = memory(server, "VmHWM"), time.monotonic() - began
+    print(f"idle {idle} MB, peak {peak} MB, {seconds:.1f} s")
+    assert came == sent
+    assert peak - idle < 80
+    assert wait_until(lambda: len(kept()) == (cache == "600"))
