@@ -1517,8 +1517,12 @@ class Mirror:
             for found in objects:
                 if parsed := parse_filename(distribution_of(_base(found.name))):
                     loose.setdefault(parsed.project, []).append(found)
-            folders = {to_project(_base(prefix[:-1])): prefix for prefix in prefixes}
-            catalog = Catalog({name: p for name, p in folders.items() if name}, loose)
+            names = (_base(prefix[:-1]) for prefix in prefixes)
+            # A folder by another spelling of a project's name is not looked into.
+            folders = {
+                Project(name): name for name in names if to_project(name) == name
+            }
+            catalog = Catalog(folders, loose)
             if catalog.projects == self._root.catalog.projects:
                 catalog.answers = self._root.catalog.answers  # the rendered pages
             self._root = Root(at, marker, catalog)
@@ -1814,7 +1818,7 @@ def asking() -> Iterator[None]:
         yield
     except OSError as fault:
         log.error("the bucket cannot be asked: %s", fault)
-        why = "The bucket cannot be reached now; nothing was changed. Try again."
+        why = "The bucket cannot be reached now. Try again."
         raise HTTPError(503, why, Retry_After="5") from fault
 
 
@@ -1904,7 +1908,8 @@ class Folder:
     def list(self, prefix: str, *, delimiter: str = "") -> Listed:
         if prefix:
             return self._objects(prefix), []
-        folders = [f"{name}/" for name in self._files.catalog().folders]
+        spellings = self._files.catalog().folders.values()
+        folders = [f"{name}/" for names in spellings for name in names]
         if delimiter:
             return self._objects(""), folders
         return [o for folder in ("", *folders) for o in self._objects(folder)], []
