@@ -287,9 +287,10 @@ def _password_file(said: Mapping[str, str]) -> Path | None:
 # A file name is taken apart once, here, into project and version; what does not come
 # apart is not a distribution and is never listed, served or stored.
 
-_NAME = re.compile(r"[A-Z0-9]([A-Z0-9._-]*[A-Z0-9])?", re.I | re.ASCII)
-# 255 bytes is the longest name common file systems take; ".metadata" has to fit too.
-_SAFE = re.compile(r"[A-Z0-9][A-Z0-9._+!-]{0,239}", re.I | re.ASCII)
+# Common file systems take names of 255 bytes: in these, and with ".metadata" and the
+# generation of an object in a cache, at most.
+_NAME = re.compile(r"[A-Z0-9]([A-Z0-9._-]{0,213}[A-Z0-9])?", re.I | re.ASCII)
+_SAFE = re.compile(r"[A-Z0-9][A-Z0-9._+!-]{0,214}", re.I | re.ASCII)
 _BUILT = (
     re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I),
     re.compile(r"([^-]+)-([^-]+)(?:-py\d[\d.]*(?:-.+)?)?\.egg", re.I),
@@ -1299,7 +1300,7 @@ def make_folder(path: Path) -> None:
 def mtime_of(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
-    except FileNotFoundError:
+    except OSError:  # it is not there, or as good as that
         return 0
 
 
@@ -1462,7 +1463,7 @@ class Mirror:
                 self._listed(project, now, now)  # never say no from memory
         elif request.route and request.route.action == "update":
             self._listed_root(now - ROOT_SECONDS * sync)
-        elif request.route and request.route.action == "list":
+        elif request.route and request.route.path == "/simple/":
             self._listed_root(now - sync)
 
     def _listed(self, project: Project, since: float, root_since: float) -> Listing:
@@ -1542,9 +1543,7 @@ class Mirror:
                     *parsed,
                     size=found.size,
                     uploaded=found.created,
-                    facts=Facts(
-                        *(found.metadata.get(key, "") for key in METADATA_KEYS)
-                    ),
+                    facts=_stated_facts(found.metadata),
                     yanked=found.metadata.get("yanked"),
                     signed=found.name + ".asc" in names,
                     path=found.name,
@@ -1834,6 +1833,19 @@ def object_metadata(facts: Facts, uploader: str = "") -> dict[str, str]:
     """Facts as the custom metadata of an object: the README names the keys."""
     found = dict(zip((*METADATA_KEYS, "uploader"), (*facts, uploader), strict=True))
     return {key: value for key, value in found.items() if value}
+
+
+def _stated_facts(metadata: Mapping[str, str]) -> Facts:
+    """Facts out of custom metadata, which anybody may have written there by hand."""
+    sha256, requires_python, core_metadata = (
+        metadata.get(key, "") for key in METADATA_KEYS
+    )
+    hexes = re.compile(r"[0-9a-f]{64}")
+    return Facts(
+        sha256 if hexes.fullmatch(sha256) else "",
+        requires_python,
+        core_metadata if hexes.fullmatch(core_metadata) else "",
+    )
 
 
 def _is_same(there: Object, new: Addition) -> bool:
@@ -2875,7 +2887,7 @@ def _search(app: App, words: Sequence[str]) -> list[dict[str, str]]:
 Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
-MAX_PATH = 1024  # letters; the longest path that means something has two names of 240
+MAX_PATH = 1024  # letters; the longest path that means something has two names of 215
 NO_USERS = (
     "Nobody may do this, as there are no users. Make one on the server with: "
     "python pypi_ae.py passwd htpasswd.txt USER"

@@ -2075,6 +2075,8 @@ BAD = [
     bad_path("/simple/a\r\nSet-Cookie: a=b/"), bad_path("/simple/a b/"),
     bad_path("/pypi/acme/1.0\r\nX-Evil: y/json"), bad_path("/" + "a" * 100_000, 414),
     bad_path("/" * 5000, 414), bad_path("/packages/acme/" + "a-" * 450 + ".whl"),
+    bad_path("/simple/" + "a" * 216 + "/"), bad_path("/pypi/" + "b" * 400 + "/json"),
+    bad_path("/packages/" + "a" * 300 + "/a-1.0.zip"),
     *(bad_method(m, "/") for m in ("PUT", "DELETE", "PATCH", "BREW", "", "get")),
     bad_method("DELETE", "/simple/acme/"), bad_method("PUT", FILE),
     bad_method("POST", FILE),
@@ -6147,6 +6149,16 @@ def test_the_index_names_no_project_without_a_page(store: Store) -> None:
     client = store.instance()
     for name in re.findall(r'<a href="([^"/]+)/"', client.get("/simple/").text):
         assert client.get(f"/simple/{name}/").status == 200, name
+
+
+def test_facts_that_are_no_digests_are_as_good_as_none(played: Cloud) -> None:
+    """Custom metadata is written by hand as well, and a digest becomes a header."""
+    played.put(f"acme/{WHEEL}", BYTES, **{"sha256": "no\r\nX: y", "core-metadata": "1"})
+    client = played.instance()
+    entry = client.page()["files"][WHEEL]
+    assert entry["hashes"] == {"md5": hashlib.md5(BYTES).hexdigest()}
+    assert "core-metadata" not in entry
+    assert client.get(f"/packages/acme/{WHEEL}").body == BYTES
 
 
 def test_folders_that_the_console_made_are_no_files(played: Cloud) -> None:
