@@ -3024,7 +3024,7 @@ class App:
             response = self._refuse(request, refusal)
         except Exception:
             self._log(logging.ERROR, request, "fault", exc_info=True)
-            why = "The server failed; its log says why. Nothing was changed."
+            why = "The server failed; its log says why."
             response = self._refuse(request, HTTPError(500, why))
         finally:
             for path in request.staged:
