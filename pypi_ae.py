@@ -1208,9 +1208,7 @@ class Directory:
 
     def content(self, found: Distribution, start: int, stop: int) -> BinaryIO:
         """The distribution's file, at byte `start`; the caller reads up to `stop`."""
-        file = open(found.path, "rb")  # noqa: SIM115 - the server closes it, when sent
-        file.seek(start)
-        return file
+        return open_at(found.path, start)
 
     def core_metadata(self, found: Distribution) -> bytes:
         with open(found.path, "rb") as file:
@@ -1336,6 +1334,14 @@ def _compute_facts(path: str, stamp: tuple[int, ...]) -> Facts | None:
     except OSError as fault:
         log.warning("%s is not listed, as it cannot be read: %s", path, fault)
         return None
+
+
+def open_at(path: Path | str, start: int) -> BinaryIO:
+    """Open a file at a byte of it; whoever gets it closes it."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - unbuffered, for a socket
+    if start:
+        file.seek(start)
+    return file
 
 
 def open_staged(folder: Path) -> BinaryIO:
@@ -1580,10 +1586,8 @@ class Mirror:
     ) -> BinaryIO | Iterator[bytes]:
         """Bytes out of the cache; else of the bucket, and kept if they are all."""
         with contextlib.suppress(FileNotFoundError):
-            file = open(self._cached(found), "rb")  # noqa: SIM115 - the server does
-            os.utime(file.name)  # the least recently used go first
-            file.seek(start)
-            return file
+            os.utime(self._cached(found))  # the least recently used go first
+            return open_at(self._cached(found), start)
         chunks = self._read(found, start, stop)
         useful = found.size <= self._cache_bytes or not found.facts.sha256
         whole = stop - start == found.size
@@ -1970,8 +1974,7 @@ class Folder:
     def read(
         self, name: str, *, generation: int, start: int = 0, stop: int | None = None
     ) -> Iterator[bytes]:
-        file = open(self._check(name, generation), "rb")  # noqa: SIM115 - slice_of does
-        file.seek(start)
+        file = open_at(self._check(name, generation), start)
         return slice_of(file, (sys.maxsize if stop is None else stop) - start)
 
     def insert(
@@ -2237,6 +2240,7 @@ def _fall_back(settings: Settings, request: Request) -> Response:
 # range (RFC 9110, 13.2.2). A distribution never changes under its name, so clients may
 # keep it for good; it never has a Content-Encoding, as pip hashes what arrives.
 
+SMALL = 64 << 10  # bytes; reading so few is quicker than setting sendfile up
 TYPES = {
     ".zip": "application/zip",
     ".gz": "application/gzip",
@@ -2299,6 +2303,7 @@ def _file_response(app: App, request: Request, found: Distribution) -> Response:
     return Response(status, tuple(headers), body)
 
 
+@lru_cache(maxsize=1024)
 def _http_date(seconds: float) -> str:
     from email.utils import formatdate
 
@@ -2333,6 +2338,8 @@ def _requested_range(
 def _file_body(
     request: Request, file: io.IOBase, length: int, *, to_end: bool
 ) -> Iterable[bytes]:
+    if length <= SMALL:
+        return (b"".join(slice_of(file, length)),)
     wrapper = request.environ.get("wsgi.file_wrapper")
     if wrapper and to_end:  # wsgiref's sends a file to its end, whatever we say
         return wrapper(file, CHUNK)  # type: ignore[no-any-return]
