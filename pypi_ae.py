@@ -327,6 +327,7 @@ def to_project(name: str) -> Project | None:
     return Project(normalize(name)) if _NAME.fullmatch(name) else None
 
 
+@lru_cache(maxsize=4096)  # a look at a project takes each name apart thrice
 def parse_filename(name: str, project: str = "") -> Parsed | None:
     """Take a distribution's file name apart (PEP 427, PEP 625 and older spellings).
 
@@ -352,6 +353,7 @@ def _split_sdist(stem: str, project: str) -> tuple[str, str] | None:
     return next(iter(meant + valid + splits), None)
 
 
+@lru_cache(maxsize=4096)  # sorted, listed, rendered: the same few versions
 def version_key(version: str) -> tuple[Any, ...]:
     """The order of PEP 440, equal for equal versions; what is none sorts first."""
     match = _VERSION.fullmatch(version.strip())
