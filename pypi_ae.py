@@ -2562,9 +2562,8 @@ def read_form(app: App, request: Request) -> Form:
     """Read an upload's form; its file is staged, and gone when the request is over."""
     length, limit = content_length(request), app.settings.max_upload
     if limit and length > limit:
-        raise HTTPError(
-            413, f"The upload has {length} bytes; MAX_UPLOAD_MB is {limit}."
-        )
+        why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} of them."
+        raise HTTPError(413, why)
     parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
     form = Form(app.files.staging)
     try:
