@@ -389,11 +389,7 @@ def is_final(key: tuple[Any, ...]) -> bool:
 # A Request is a thin reading of the WSGI environ. A Response is a value: those of pages
 # are made once and answered many times, so nothing may change one.
 
-STATUS = {
-    200: "OK",
-    301: "Moved Permanently",
-    302: "Found",
-}
+STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
 CHUNK = 256 << 10  # bytes per read; larger ones gain nothing measurable
 COMPANIONS = (".metadata", ".asc", ".yanked")  # of a distribution, by their suffix
@@ -490,8 +486,12 @@ def text_response(status: int, message: str, *headers: tuple[str, str]) -> Respo
 def _reason(message: str) -> str:
     # A reason phrase is latin-1 without control characters (RFC 9112, 4); gunicorn
     # turns anything else into a 500. 400 letters keep any proxy's line limit.
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", message)[:400]
-    return line.encode("latin-1", "replace").decode("latin-1")
+    return one_line(message)[:400].encode("latin-1", "replace").decode("latin-1")
+
+
+def one_line(text: str) -> str:
+    """Text without control characters: what a stranger sent adds no line to a log."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
 
 
 def redirect(location: str, status: int = 302) -> Response:
@@ -526,6 +526,10 @@ def already_exists(request: Request, filename: str) -> HTTPError:
 SCRYPT_LN = 14  # 2**14 * 8 * 128 bytes are 16 MiB, some 40 ms: fits a 384 MB instance
 # with two workers, as each runs one check at a time.
 MAX_AUTHORIZATION = 4096  # bytes; sha-crypt's time grows with the password's length
+NO_USERS = (
+    "Nobody may do this, as there are no users. Make one on the server with: "
+    "python pypi_ae.py passwd htpasswd.txt USER"
+)
 _ITOA64 = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 Compute = Callable[..., str]  # (password: bytes, *groups of the pattern) -> digest
@@ -698,8 +702,13 @@ class Users:
         return self._logins
 
     def verify(self, header: str) -> str:
-        """Return the user of a Basic Authorization header (RFC 7617), or raise 401."""
+        """Return the user of a Basic Authorization header (RFC 7617).
+
+        Raises 401 for credentials that are missing or wrong, 403 if there are no users.
+        """
         logins = self.logins()
+        if not logins.checks:
+            raise HTTPError(403, NO_USERS)
         credentials = header.encode("latin-1", "replace")[: MAX_AUTHORIZATION + 1]
         key = hashlib.blake2b(credentials, key=self._secret, digest_size=16).digest()
         if user := logins.right.get(key):
@@ -896,7 +905,7 @@ class Facts(NamedTuple):
     core_metadata: str = ""  # sha256 of the bytes that <file>.metadata answers
 
 
-def facts_of(filename: str, sha256: str, metadata: CoreMetadata) -> Facts:
+def facts_from(filename: str, sha256: str, metadata: CoreMetadata) -> Facts:
     is_wheel = filename.endswith(".whl")  # PEP 658 is for wheels
     digest = hashlib.sha256(metadata.text).hexdigest() if is_wheel else ""
     return Facts(sha256, metadata.requires_python, digest)
@@ -909,7 +918,7 @@ def read_facts(source: BinaryIO, filename: str, size: int) -> Facts:
         return Facts(sha256)
     try:
         source.seek(0)
-        return facts_of(filename, sha256, read_core_metadata(source, filename, size))
+        return facts_from(filename, sha256, read_core_metadata(source, filename, size))
     except ArchiveError:
         return Facts(sha256)
 
@@ -1999,9 +2008,7 @@ class Folder:
     def patch(
         self, name: str, metadata: Any, *, generation: int, metageneration: int
     ) -> Object:
-        return self.get(
-            name
-        )  # its facts are those of its bytes: there is nothing to write
+        return self.get(name)  # its facts are those of its bytes: nothing to write
 
     def delete(self, name: str, *, generation: int) -> None:
         with self._lock:
@@ -2714,7 +2721,7 @@ def _check_archive(form: Form, staged: Path, parsed: Parsed) -> Facts:
     except ArchiveError as fault:
         raise HTTPError(400, f"{parsed.filename} is broken: {fault}.") from fault
     _check_agreement(parsed, "archive's metadata", metadata.name, metadata.version)
-    return facts_of(
+    return facts_from(
         parsed.filename, form.digests["sha256_digest"].hexdigest(), metadata
     )
 
@@ -2896,10 +2903,6 @@ Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
 MAX_PATH = 1024  # letters; the longest path that means something has two names of 215
-NO_USERS = (
-    "Nobody may do this, as there are no users. Make one on the server with: "
-    "python pypi_ae.py passwd htpasswd.txt USER"
-)
 
 
 class Files(Protocol):
@@ -3062,8 +3065,6 @@ class App:
 
     def _authorize(self, request: Request) -> None:
         try:
-            if not self.users.logins().checks:
-                raise HTTPError(403, NO_USERS)
             request.user = self.users.verify(request.header("Authorization"))
         except (SettingsError, OSError) as fault:  # the file was edited, and is broken
             log.error("%s", fault)
@@ -3080,7 +3081,7 @@ class App:
     def _log(self, level: int, request: Request, what: str, **more: Any) -> None:
         who = request.user or request.environ.get("REMOTE_ADDR", "")
         extra = {"cloud": _cloud_fields(self.settings, request)}
-        line = (request.method, request.path, who, what)
+        line = (request.method, request.path, who, one_line(what))
         log.log(level, "%s %r by %s: %s", *line, extra=extra, **more)
 
 

@@ -892,6 +892,17 @@ def test_users_file_that_was_spoiled_lets_nobody_in(
         get_app(root=root, password_file=file)
 
 
+def test_what_a_stranger_sends_adds_no_line_to_the_log(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A version that is quoted in a refusal may hold anything."""
+    fields = {":action": "remove_pkg", "name": "acme", "version": "1\nINFO forged"}
+    form = [field(name, value) for name, value in fields.items()]
+    assert client.post(form).status == 404
+    assert [r.getMessage() for r in caplog.records if "forged" in r.getMessage()]
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
 def test_verified_login_is_remembered_and_a_wrong_one_costs_the_same(
     root: Path,
 ) -> None:
