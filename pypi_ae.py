@@ -72,7 +72,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -895,6 +895,7 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
 # are rendered from it, so a page is rendered once for as long as nothing changes.
 
 FILES_REMEMBERED = 10_000  # distributions in listings kept in memory: about 15 MB
+METADATA_REMEMBERED = 4 << 20  # bytes of core metadata: that of some 500 wheels
 
 
 class Facts(NamedTuple):
@@ -995,28 +996,27 @@ class Catalog:
 
 
 class Remembered(Generic[T]):
-    """Values by project, bounded: what was kept first is forgotten first."""
+    """Values by key, bounded: what was kept first is forgotten first."""
 
-    def __init__(self) -> None:
-        self._values: dict[Project, tuple[T, int]] = {}
-        self._files = 0
+    def __init__(self, most: int) -> None:
+        self._most, self._total = most, 0  # of what sizes are counted in
+        self._values: dict[Hashable, tuple[T, int]] = {}
         self._lock = threading.Lock()
 
-    def get(self, project: Project) -> T | None:
-        kept = self._values.get(project)
+    def get(self, key: Hashable) -> T | None:
+        kept = self._values.get(key)
         return kept[0] if kept else None
 
-    def keep(self, project: Project, value: T, files: int) -> None:
-        """Keep a value that holds the facts of so many files."""
+    def keep(self, key: Hashable, value: T, size: int) -> None:
         with self._lock:
-            self._files += files + 1 - self._drop(project)
-            self._values[project] = value, files
-            while self._files > FILES_REMEMBERED and len(self._values) > 1:
-                self._files -= self._drop(next(iter(self._values)))
+            self._total += size - self._drop(key)
+            self._values[key] = value, size
+            while self._total > self._most and len(self._values) > 1:
+                self._total -= self._drop(next(iter(self._values)))
 
-    def _drop(self, project: Project) -> int:
-        dropped = self._values.pop(project, None)
-        return dropped[1] + 1 if dropped else 0
+    def _drop(self, key: Hashable) -> int:
+        dropped = self._values.pop(key, None)
+        return dropped[1] if dropped else 0
 
 
 class Locks:
@@ -1065,7 +1065,8 @@ class Directory:
         self.staging = self.root / ".pypi_ae" / "staging"
         self._facts = self.root / ".pypi_ae" / "facts"
         self._catalog = (-1, Catalog({}, {}))  # and the mtime of the root
-        self._looks: Remembered[Look] = Remembered()
+        self._looks: Remembered[Look] = Remembered(FILES_REMEMBERED)
+        self._metadata: Remembered[bytes] = Remembered(METADATA_REMEMBERED)
         self._locks = Locks()
 
     # What is there...
@@ -1133,7 +1134,7 @@ class Directory:
             # Within the tick of a clock a file may be rewritten: those are not kept.
             kept = {k: known for k, known in facts.items() if _is_settled(k[2], now)}
             look = Look(folders, mtimes, until, stamps, kept, listing)
-        self._looks.keep(project, look, len(stamps))
+        self._looks.keep(project, look, 1 + len(stamps))
         return look.listing
 
     def _folders(self, project: Project) -> list[str]:
@@ -1222,8 +1223,12 @@ class Directory:
         return open_at(found.path, start)
 
     def core_metadata(self, found: Distribution) -> bytes:
-        with open(found.path, "rb") as file:
-            return read_core_metadata(file, found.filename, found.size).text
+        text = self._metadata.get((found.path, found.stamp))
+        if text is None:  # a zip file's directory is parsed for it: slower by far
+            with open(found.path, "rb") as file:
+                text = read_core_metadata(file, found.filename, found.size).text
+            self._metadata.keep((found.path, found.stamp), text, len(text))
+        return text
 
     def signature(self, found: Distribution) -> bytes:
         return Path(found.path + ".asc").read_bytes()
@@ -1463,7 +1468,7 @@ class Mirror:
             make_folder(folder)
         self._sync, self._cache_bytes = settings.sync_seconds, settings.cache_bytes
         self._root = Root(NEVER, -1, Catalog({}, {}))
-        self._known: Remembered[Known] = Remembered()
+        self._known: Remembered[Known] = Remembered(FILES_REMEMBERED)
         self._root_lock, self._locks = threading.Lock(), Locks()
 
     # Before a request...
@@ -1519,7 +1524,7 @@ class Mirror:
         else:
             listing = Listing(project, self._describe(project, [*objects, *loose]))
         known = Known(at, marker, objects, loose, listing)
-        self._known.keep(project, known, len(listing.distributions))
+        self._known.keep(project, known, 1 + len(listing.distributions))
         return listing
 
     def _objects(self, project: Project) -> list[Object]:

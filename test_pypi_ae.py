@@ -74,6 +74,7 @@ from pypi_ae import (
     PartBegins,
     PartData,
     PartEnds,
+    Remembered,
     Request,
     Response,
     Settings,
@@ -1159,6 +1160,18 @@ def version_of(name: str) -> Version:
     return Version(parsed.version)
 
 
+def test_what_is_remembered_is_bounded_by_its_size() -> None:
+    remembered: Remembered[str] = Remembered(10)
+    remembered.keep("a", "A", 4)
+    remembered.keep("b", "B", 4)
+    remembered.keep("a", "a", 6)
+    assert (remembered.get("a"), remembered.get("b")) == ("a", "B")
+    remembered.keep("c", "C", 1)  # 11 by now: what was kept first goes
+    assert [remembered.get(key) for key in "abc"] == ["a", None, "C"]
+    remembered.keep("d", "D", 99)
+    assert [remembered.get(key) for key in "abcd"] == [None, None, None, "D"]
+
+
 # ---- 8. The directory ----------------------------------------------------------------
 
 KINDS = [WHEEL, SDIST, "acme-1.0.zip", "acme-1.0.tgz", "acme-1.0.tar.bz2"]
@@ -1636,6 +1649,22 @@ def test_core_metadata_is_what_the_page_promises(stocked: Client) -> None:
     assert stocked.send("HEAD", url).headers == answer.headers
     assert "core-metadata" not in stocked.page()["files"][SDIST]
     assert stocked.get(f"/packages/acme/{SDIST}.metadata").status == 404
+
+
+def test_core_metadata_is_read_once_for_as_long_as_its_file_stays(
+    stocked: Client,
+) -> None:
+    path, url = stocked.root / "acme" / WHEEL, f"/packages/acme/{WHEEL}.metadata"
+    old, times = (
+        stocked.get(url).body,
+        (path.stat().st_atime_ns, path.stat().st_mtime_ns),
+    )
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    os.utime(path, ns=times)
+    assert stocked.get(url).body == old
+    path.write_bytes(make_wheel(requires_python=">=3.9"))
+    assert stocked.get(url).body == make_metadata(requires_python=">=3.9")
 
 
 def test_signature_is_served_beside_its_file(client: Client) -> None:
