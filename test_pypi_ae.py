@@ -1806,6 +1806,33 @@ def test_every_digest_that_is_sent_is_checked(
         assert client.post(form[::-1] if after else form).status == 200
 
 
+class SlowHash:
+    """A sha256 that takes its time, most of all in the beginning."""
+
+    def __init__(self) -> None:
+        self.hash, self.seconds = hashlib.sha256(), 0.2
+
+    def update(self, data: bytes) -> None:
+        time.sleep(self.seconds)
+        self.hash.update(data)
+        self.seconds = 0.05
+
+    def hexdigest(self) -> str:
+        return self.hash.hexdigest()
+
+
+def test_digest_of_a_large_file_is_that_of_all_its_pieces_in_their_order(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are hashed in a thread beside: none may be lost, or overtake another."""
+    monkeypatch.setitem(pypi_ae.DIGESTS, "sha256_digest", SlowHash)
+    content = make_wheel(code=random.Random(7).randbytes(3_000_000))
+    answer = client.upload(WHEEL, content, sha256_digest="0" * 64)
+    assert (answer.status, sha256(content) in answer.text) == (400, True)
+    assert client.upload(WHEEL, content).status == 200
+    assert client.page()["files"][WHEEL]["hashes"] == {"sha256": sha256(content)}
+
+
 def test_upload_without_digests_and_with_few_fields_is_taken(client: Client) -> None:
     form = [field(":action", "file_upload"), ("content", WHEEL, make_wheel())]
     assert client.post(form).status == 200
