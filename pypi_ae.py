@@ -290,6 +290,7 @@ def _password_file(said: Mapping[str, str]) -> Path | None:
 # Common file systems take names of 255 bytes: in these, and with ".metadata" and the
 # generation of an object in a cache, at most.
 _NAME = re.compile(r"[A-Z0-9]([A-Z0-9._-]{0,213}[A-Z0-9])?", re.I | re.ASCII)
+_RUNS = re.compile(r"[-_.]+")
 _SAFE = re.compile(r"[A-Z0-9][A-Z0-9._+!-]{0,214}", re.I | re.ASCII)
 _BUILT = (
     re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I),
@@ -319,7 +320,7 @@ class Parsed(NamedTuple):
 
 def normalize(name: str) -> str:
     """Fold the spellings of a project's name into one (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return _RUNS.sub("-", name).lower()
 
 
 def to_project(name: str) -> Project | None:
@@ -1034,11 +1035,12 @@ class Locks:
 #     <root>/<filename>             loose files: listed and served, never written
 #     <root>/.pypi_ae/              uploads in progress, and facts; may be deleted
 # A listing is trusted while the folder's and the root's times stay as they were, and
-# for LOOK_SECONDS at most. Facts are computed once per file and kept as JSON lines, one
-# file per project, keyed by name, size, mtime and inode: no start, and no other worker,
-# hashes again.
+# for LOOK_SECONDS or little more. Facts are computed once per file and kept as JSON
+# lines, one file per project, keyed by name, size, mtime and inode: no start, and no
+# other worker, hashes again.
 
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
+LOOK_SHARE = 0.1  # of the time, at most: in thousands of files a look takes long
 ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its process
 
 Stamps = Mapping[str, tuple[int, int, int]]  # by path: size, mtime_ns, inode
@@ -1111,78 +1113,72 @@ class Directory:
 
     def everything(self) -> Iterator[Parsed]:
         """Every distribution there is, without its facts."""
-        for project in self.catalog().projects:
-            names = map(os.path.basename, self._paths(project))
-            found = (parse_filename(name, project) for name in sorted(names))
-            yield from filter(None, found)
+        catalog = self.catalog()
+        for project in catalog.projects:
+            folders = self._folders(project, catalog)
+            there = self._names(project, folders, catalog).items()
+            yield from sorted(p for path, p in there if not path.endswith(COMPANIONS))
 
     def _look(self, project: Project) -> Listing:
-        last, now = self._looks.get(project), time.time_ns()
-        folders = [str(self.root), *self._folders(project)]
+        last, now, began = self._looks.get(project), time.time_ns(), time.monotonic()
         # The times come before the names: what changes meanwhile shows next time.
-        mtimes = _mtimes(folders)
-        found = {path: stamp_of(path) for path in self._paths(project)}
+        mtimes, catalog = _mtimes([str(self.root)]), self.catalog()
+        folders = self._folders(project, catalog)
+        mtimes += _mtimes(folders)
+        names = self._names(project, folders, catalog)
+        found = {path: stamp_of(path) for path in names}
         stamps = {path: stamp for path, stamp in found.items() if stamp}
         times = (*mtimes, *(mtime for _, mtime, _ in stamps.values()))
         settled = all(_is_settled(mtime, now) for mtime in times)
-        until = time.monotonic() + LOOK_SECONDS if settled else 0.0
+        ended = time.monotonic()
+        trust = max(LOOK_SECONDS, (ended - began) / LOOK_SHARE)
+        until = ended + trust if settled else 0.0
         if last and last.until and last.stamps == stamps:
             look = last._replace(mtimes=mtimes, until=until)
         else:
             facts = self.facts_of(project, stamps, now)
-            listing = Listing(project, self._describe(project, stamps, facts))
+            listing = Listing(project, _describe(names, stamps, facts))
             # Within the tick of a clock a file may be rewritten: those are not kept.
             kept = {k: known for k, known in facts.items() if _is_settled(k[2], now)}
-            look = Look(folders, mtimes, until, stamps, kept, listing)
+            look = Look(
+                [str(self.root), *folders], mtimes, until, stamps, kept, listing
+            )
         self._looks.keep(project, look, 1 + len(stamps))
         return look.listing
 
-    def _folders(self, project: Project) -> list[str]:
+    def _folders(self, project: Project, catalog: Catalog) -> list[str]:
         """The project's folder, and others whose name is a spelling of it."""
-        names = self.catalog().folders.get(project, ())
+        names = catalog.folders.get(project, ())
         return [
             str(self.root / name) for name in dict.fromkeys((project, *sorted(names)))
         ]
 
-    def _paths(self, project: Project) -> list[str]:
-        """The files of a project; of two with one name, the first folder's."""
-        paths: dict[str, str] = {}
-        for folder in self._folders(project):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                for name in os.listdir(folder):
-                    parsed = parse_filename(distribution_of(name), project)
-                    if parsed and parsed.project == project:
-                        paths.setdefault(name, os.path.join(folder, name))
-        for name in self.catalog().loose.get(project, ()):
-            paths.setdefault(name, os.path.join(self.root, name))
-        return list(paths.values())
+    def _names(
+        self, project: Project, folders: Sequence[str], catalog: Catalog
+    ) -> dict[str, Parsed]:
+        """The files of a project by path, companions too, each with whose it is.
 
-    def _describe(
-        self, project: Project, stamps: Stamps, facts: FactsByKey
-    ) -> Iterator[Distribution]:
-        for path, stamp in stamps.items():
-            parsed = parse_filename(os.path.basename(path), project)
-            known = facts.get((os.path.basename(path), *stamp))
-            if parsed and known:  # else a companion, or not readable
-                yield Distribution(
-                    *parsed,
-                    size=stamp[0],
-                    uploaded=stamp[1] / 1e9,
-                    facts=known,
-                    yanked=_read_yank(path) if path + ".yanked" in stamps else None,
-                    signed=path + ".asc" in stamps,
-                    path=path,
-                    stamp=stamp,
-                )
+        Of two with one name, the first folder's.
+        """
+        places = [(folder, _listdir(folder)) for folder in folders]
+        places.append((str(self.root), catalog.loose.get(project, ())))
+        names: dict[str, tuple[str, Parsed]] = {}
+        for folder, found in places:
+            for name in found:
+                parsed = parse_filename(distribution_of(name), project)
+                if parsed and parsed.project == project:
+                    names.setdefault(name, (f"{folder}/{name}", parsed))
+        return dict(names.values())
 
     # What its bytes tell...
 
     def facts_of(self, project: Project, stamps: Stamps, now: int) -> FactsByKey:
         last = self._looks.get(project)
         wanted = {
-            (os.path.basename(path), *stamp): path for path, stamp in stamps.items()
+            (os.path.basename(path), *stamp): path
+            for path, stamp in stamps.items()
+            if not path.endswith(COMPANIONS)
         }
-        wanted = {key: path for key, path in wanted.items() if parse_filename(key[0])}
         facts: FactsByKey = {}
         if last:
             facts |= {key: last.facts[key] for key in wanted if key in last.facts}
@@ -1255,7 +1251,7 @@ class Directory:
 
     def _put(self, new: Addition, target: Path) -> bool:
         for _ in range(3):  # what is in the way may vanish before it is looked at
-            homes = [str(self.root), *self._folders(new.project)]
+            homes = [str(self.root), *self._folders(new.project, self.catalog())]
             taken = any(os.path.exists(f"{home}/{new.filename}") for home in homes)
             there = self.find(new.project, new.filename) if taken else None
             if there and there.facts.sha256 == new.facts.sha256:
@@ -1316,6 +1312,30 @@ def mtime_of(path: str) -> int:
         return os.stat(path).st_mtime_ns
     except OSError:  # it is not there, or as good as that
         return 0
+
+
+def _listdir(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _describe(
+    names: Mapping[str, Parsed], stamps: Stamps, facts: FactsByKey
+) -> Iterator[Distribution]:
+    for path, stamp in stamps.items():
+        if known := facts.get((os.path.basename(path), *stamp)):
+            yield Distribution(  # all else is a companion, or not readable
+                *names[path],
+                size=stamp[0],
+                uploaded=stamp[1] / 1e9,
+                facts=known,
+                yanked=_read_yank(path) if path + ".yanked" in stamps else None,
+                signed=path + ".asc" in stamps,
+                path=path,
+                stamp=stamp,
+            )
 
 
 def _mtimes(paths: Iterable[str]) -> list[int]:

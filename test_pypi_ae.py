@@ -1276,6 +1276,7 @@ def test_what_is_no_distribution_is_not_served(stocked: Client) -> None:
     (stocked.root / ".git").mkdir()
     (stocked.root / "acme-3.0.tar.gz").mkdir()  # a folder with a file's name
     (stocked.root / "acme-4.0.tar.gz").symlink_to("nowhere")
+    names += [f"acme/acme-5.0.tar.gz{suffix}" for suffix in (".asc", ".yanked")]
     for name in names:
         (stocked.root / name).write_bytes(b"private")
     assert set(stocked.page()["files"]) == {WHEEL, SDIST}
