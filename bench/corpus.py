@@ -64,14 +64,13 @@ class Store:
     path: Path
     files: int
     only: str = ""  # the project, where there is but one
+    each: int = FILES_PER_PROJECT
 
     @property
     def projects(self) -> list[str]:
         if self.only:
             return [self.only]
-        return [
-            f"bench-{n:05d}" for n in range(max(1, self.files // FILES_PER_PROJECT))
-        ]
+        return [f"bench-{n:05d}" for n in range(max(1, self.files // self.each))]
 
     @property
     def project(self) -> str:
@@ -177,9 +176,10 @@ def big_wheel(work: Path, version: str) -> Wheel:
 # ---- Stores --------------------------------------------------------------------------
 
 
-def build_store(work: Path, files: int) -> Store:
-    """Make (once) a store of so many files, 20 a project."""
-    store = Store(work / "corpus" / str(files), files)
+def build_store(work: Path, files: int, each: int = FILES_PER_PROJECT) -> Store:
+    """Make (once) a store of so many files, so many `each` project."""
+    name = str(files) if each == FILES_PER_PROJECT else f"{files}-by-{each}"
+    store = Store(work / "corpus" / name, files, each=each)
     if store.path.exists():
         return store
     draft = store.path.with_suffix(".draft")
@@ -187,10 +187,10 @@ def build_store(work: Path, files: int) -> Store:
     for project in store.projects:
         folder = draft / project
         folder.mkdir(parents=True)
-        for number in range(FILES_PER_PROJECT):
-            last = number == FILES_PER_PROJECT - 1
-            payload = noise(PAYLOAD, project) if last else b""
-            wheel = make_wheel(project, version_of(number), payload=payload)
+        for number in range(each):
+            version = version_of(number)
+            payload = noise(PAYLOAD, project) if version == newest_version() else b""
+            wheel = make_wheel(project, version, payload=payload)
             assert isinstance(wheel.data, bytes)
             (folder / wheel.filename).write_bytes(wheel.data)
     draft.rename(store.path)
@@ -228,22 +228,36 @@ def upload_request(wheel: Wheel, path: str) -> list[bytes | Path]:
         "pyversion": "py3",
         **wheel.digests,
     }
-    form = "".join(
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"'
-        f"\r\n\r\n{value}\r\n"
-        for name, value in fields.items()
-    )
-    form += (
+    form = _fields(fields) + (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="content"; '
         f'filename="{wheel.filename}"\r\nContent-Type: application/octet-stream\r\n\r\n'
     )
     end = f"\r\n--{BOUNDARY}--\r\n"
-    head = (
+    head = _head(path, len(form) + len(wheel) + len(end))
+    if isinstance(wheel.data, bytes):
+        return [head + form.encode() + wheel.data + end.encode()]
+    return [head + form.encode(), wheel.data, end.encode()]
+
+
+def removal_request(wheel: Wheel, path: str) -> list[bytes | Path]:
+    """Make the request that removes a version, as pypiserver takes it."""
+    fields = {":action": "remove_pkg", "name": wheel.project, "version": wheel.version}
+    form = f"{_fields(fields)}--{BOUNDARY}--\r\n".encode()
+    return [_head(path, len(form)) + form]
+
+
+def _fields(fields: dict[str, str]) -> str:
+    return "".join(
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"'
+        f"\r\n\r\n{value}\r\n"
+        for name, value in fields.items()
+    )
+
+
+def _head(path: str, length: int) -> bytes:
+    return (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         "Accept: */*\r\nUser-Agent: bench\r\n"
         f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
-        f"Content-Length: {len(form) + len(wheel) + len(end)}\r\n\r\n"
-    )
-    if isinstance(wheel.data, bytes):
-        return [head.encode() + form.encode() + wheel.data + end.encode()]
-    return [head.encode() + form.encode(), wheel.data, end.encode()]
+        f"Content-Length: {length}\r\n\r\n"
+    ).encode()

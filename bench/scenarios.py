@@ -14,24 +14,37 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from corpus import (
     BIG,
+    FILES_PER_PROJECT,
     Store,
     Wheel,
     big_store,
     big_wheel,
     make_wheel,
     newest_version,
+    removal_request,
     upload_request,
 )
 from measure import Peak, Wire, busy_cpu, memory, wrk
-from servers import HERE, KINDS, PEERS, REPOSITORY, Lab, Server, variants
+from servers import (
+    HERE,
+    INSTALLED_FROM,
+    KINDS,
+    PEERS,
+    REPOSITORY,
+    Lab,
+    Server,
+    variants,
+)
 
 OURS = ("ours", "ours-bucket", "ours-bucket-20ms")
 
@@ -305,7 +318,7 @@ def upload(run: Run) -> None:
 def _own_copy(run: Run, name: str, corpus: Store) -> Server:
     path = corpus.link_to(run.lab.scratch(f"upload-{name}") / "packages")
     ready = "/" if name == "sink" else None
-    return run.lab.start(name, Store(path, corpus.files), path=ready)
+    return run.lab.start(name, replace(corpus, path=path), path=ready)
 
 
 def _burst(server: Server, tag: str) -> float:
@@ -493,6 +506,73 @@ def _ab64(data: bytes) -> str:
     return _b64(data).replace("+", ".")
 
 
+# ---- Scale ---------------------------------------------------------------------------
+
+REPEATS = 3  # of each operation in a round; their median counts
+
+
+def scale(run: Run) -> None:
+    """Each operation's time, as the repository grows and as one project does."""
+    for files in run.each((100, 10_000, 100_000)):
+        for scenario, each in (("scale", FILES_PER_PROJECT), ("scale one", files)):
+            store = run.lab.store(files, each)
+            with run.lab.only():
+                for name in run.pick(("ours",), files):
+                    server = _own_copy(run, name, store)
+                    # Once for nothing: facts are computed, and modules imported.
+                    for number in range(run.rounds + 1):
+                        _scale(run, scenario, server, store, number)
+
+
+def _scale(run: Run, scenario: str, server: Server, store: Store, number: int) -> None:
+    wire, taken = Wire(server.port), dict[str, list[float]]()
+    for repeat in range(REPEATS):
+        time.sleep(0.05)  # a folder is not trusted within the tick of its last change
+        wire.ask(*_get(server.page(store.project)))
+        for name, (request, wanted) in _operations(
+            server, store, number * REPEATS + repeat
+        ).items():
+            start = time.perf_counter()
+            status, _ = wire.ask(*request)
+            taken.setdefault(name, []).append((time.perf_counter() - start) * 1000)
+            if status != wanted:
+                raise RuntimeError(f"{name} at {store.files}: {status}")
+    wire.close()
+    for name, values in taken.items() if number else ():
+        where = (scenario, store.files, name)
+        run.record(where, server.name, "ms", number, median(values))
+
+
+def _operations(
+    server: Server, store: Store, tag: int
+) -> dict[str, tuple[list[bytes | Path], int]]:
+    """Each operation's request, and the status it gets."""
+    project, upload = store.project, server.launch.upload
+    newer, other = make_wheel(project, f"2.{tag}"), make_wheel(f"n{tag}", "1.0")
+    page, file = f"/simple/{project}/", f"/packages/{project}/{store.filename}"
+    return {
+        "page": (_get(page), 200),
+        "root page": (_get("/simple/"), 200),
+        "project's JSON": (_get(f"/pypi/{project}/json"), 200),
+        "all files": (_get("/packages/"), 200),
+        "core metadata": (_get(f"{file}.metadata"), 200),
+        "download": (_get(file), 200),
+        "unknown project": (_get(f"/simple/no{tag}/"), 404),
+        "upload to a project": (upload_request(newer, upload), 200),
+        "its page then": (_get(page), 200),
+        "the same upload again": (upload_request(newer, upload), 200),
+        "upload of a new project": (upload_request(other, upload), 200),
+        "another's page then": (_get(page), 200),
+        "root page then": (_get("/simple/"), 200),
+        "removal": (removal_request(newer, upload), 200),
+        "its page then again": (_get(page), 200),
+    }
+
+
+def _get(path: str) -> list[bytes | Path]:
+    return [f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()]
+
+
 # ---- Installers ----------------------------------------------------------------------
 
 
@@ -501,13 +581,14 @@ def install(run: Run) -> None:
 
     uv opens more connections than it uses, and gunicorn's gthread worker gives each new
     one a thread for up to 5 s until it says something: seen as a run 5 or 10 s longer,
-    of whatever app, when connections outnumber threads.
+    of whatever app, when such connections outnumber threads. Hence 16 of them.
     """
-    store = run.lab.store(600)
-    names = run.pick(("ours", "ours-bucket-20ms", "nginx", *PEERS), store.files)
+    store = run.lab.store(INSTALLED_FROM)
+    limits = ("hello", "nginx")
+    names = run.pick(("ours", "ours-bucket-20ms", *limits, *PEERS), store.files)
     clients = run.lab.bin("clients")
     with run.lab.only():
-        servers = [run.lab.start(name, store) for name in names]
+        servers = [run.lab.start(name, store, threads=16) for name in names]
         for number, server in turns(run.rounds + 1, servers):
             for client in ("pip", "uv"):
                 run.lab.drain()
@@ -518,7 +599,10 @@ def install(run: Run) -> None:
 
 
 def _install(run: Run, bin: Path, client: str, server: Server, store: Store) -> float:
-    scratch = run.lab.scratch("install")
+    # In memory, where there is such a place: a disk's moods are larger than what is
+    # to be measured.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    scratch = Path(tempfile.mkdtemp(dir=memory))
     target = scratch / "target"
     url = server.url(server.launch.simple)
     if client == "pip":
@@ -643,6 +727,7 @@ SCENARIOS: dict[str, Callable[[Run], None]] = {
     "cold": cold,
     "memory": memory_,
     "auth": auth,
+    "scale": scale,
     "install": install,
     "calls": calls,
     "gcs": gcs,

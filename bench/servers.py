@@ -45,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 OWNER = "root"  # of the index on devpi: the user that its database begins with
 REPOSITORY = HERE.parent
 GUNICORN = "gunicorn==27.0.1"
+INSTALLED_FROM = 600  # files of the corpus that installers are measured with
 JSON_TYPE = "application/vnd.pypi.simple.v1+json"
 
 # What each virtual environment holds. `ours` also gets the repository's requirements.
@@ -89,7 +90,8 @@ class Place(NamedTuple):
     store: Store
     port: int
     scratch: Path
-    users: Path | None
+    users: Path | None = None
+    threads: int = 4  # of each of gunicorn's two workers
 
 
 class Server:
@@ -203,8 +205,8 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         self.stop(*self.running)
 
-    def store(self, files: int) -> Store:
-        return build_store(self.work, files)
+    def store(self, files: int, each: int = FILES_PER_PROJECT) -> Store:
+        return build_store(self.work, files, each)
 
     def own(self, store: Store) -> Path:
         """Tell the directory our server serves: facts it keeps there are its own.
@@ -260,17 +262,20 @@ class Lab:
         name: str,
         store: Store,
         *,
-        users: Path | None = None,
         path: str | None = None,
+        **more: Any,
     ) -> Server:
-        """Start a server of that kind on a store and wait for a page."""
-        server = self.spawn(name, store, users=users)
+        """Start a server of that kind on a store and wait for a page.
+
+        `more` is what else its Place has: users, threads.
+        """
+        server = self.spawn(name, store, **more)
         server.wait(path or server.page(store.project))
         return server
 
-    def spawn(self, name: str, store: Store, *, users: Path | None = None) -> Server:
+    def spawn(self, name: str, store: Store, **more: Any) -> Server:
         """Start a server without waiting for it."""
-        place = Place(store, free_port(), self.scratch(name), users)
+        place = Place(store, free_port(), self.scratch(name), **more)
         return self.run(name, KINDS[name].build(self, place), place)
 
     def run(self, name: str, launch: Launch, place: Place) -> Server:
@@ -400,6 +405,8 @@ class Lab:
                     answers[_key(path, headers)] = _recorded(server.get(path, headers))
             path = file[store.filename]
             answers[_key(path, {})] = _recorded(server.get(path))
+            if store.files == INSTALLED_FROM:
+                answers |= _record_installs(server, store)
         return answers
 
 
@@ -437,6 +444,19 @@ def upload_all(server: Server, store: Store, project: str) -> None:
     wire.close()
 
 
+def _record_installs(server: Server, store: Store) -> dict[str, tuple[Any, ...]]:
+    """Record all that pip and uv ask for when they install the first 30 projects."""
+    answers = {}
+    accepted = {"Accept": JSON_TYPE, "Accept-Encoding": "gzip"}
+    for project in store.projects[:30]:
+        page = server.page(project)
+        answers[page] = _recorded(server.get(page, accepted))
+        file = server.links(project)[wheel_name(project, newest_version())]
+        for path in (file, f"{file}.metadata"):
+            answers[path] = _recorded(server.get(path))
+    return answers
+
+
 def _key(path: str, headers: dict[str, str]) -> tuple[str | None, ...]:
     names = ("Accept", "Accept-Encoding", "If-None-Match")
     return (path, *(headers.get(name) for name in names))
@@ -451,10 +471,10 @@ def _recorded(answer: Answer) -> tuple[str, list[tuple[str, str]], bytes]:
 # ---- How each one starts -------------------------------------------------------------
 
 
-def _gunicorn(lab: Lab, environment: str, app: str, port: int) -> list[str]:
+def _gunicorn(lab: Lab, environment: str, app: str, place: Place) -> list[str]:
     # Two workers for two cores, and threads, as a worker also waits for its bucket.
-    program = str(lab.bin(environment) / "gunicorn")
-    return [program, "-w", "2", "--threads", "4", "-b", f"127.0.0.1:{port}", app]
+    argv = [str(lab.bin(environment) / "gunicorn"), "-w", "2", "--threads"]
+    return [*argv, str(place.threads), "-b", f"127.0.0.1:{place.port}", app]
 
 
 def _ours(lab: Lab, place: Place) -> Launch:
@@ -470,7 +490,7 @@ def _our_app(lab: Lab, place: Place, root: Path) -> Launch:
     }
     if place.users:
         env["PASSWORD_FILE"] = str(place.users)
-    argv = _gunicorn(lab, "ours", "pypi_ae:get_app()", place.port)
+    argv = _gunicorn(lab, "ours", "pypi_ae:get_app()", place)
     return Launch(argv, env, stored=root)
 
 
@@ -497,14 +517,14 @@ def _ours_bucket_20ms(lab: Lab, place: Place) -> Launch:
 
 def _hello(lab: Lab, place: Place) -> Launch:
     env = {"PYTHONPATH": str(HERE), "HELLO_ANSWERS": str(lab.recorded(place.store))}
-    return Launch(_gunicorn(lab, "ours", "hello:app", place.port), env)
+    return Launch(_gunicorn(lab, "ours", "hello:app", place), env)
 
 
 def _sink(lab: Lab, place: Place) -> Launch:
     target = place.scratch / "uploads"
     target.mkdir()
     env = {"PYTHONPATH": str(HERE), "SINK_DIRECTORY": str(target)}
-    return Launch(_gunicorn(lab, "ours", "sink:app", place.port), env, stored=target)
+    return Launch(_gunicorn(lab, "ours", "sink:app", place), env, stored=target)
 
 
 def _pypiserver(lab: Lab, place: Place) -> Launch:
@@ -521,7 +541,7 @@ def _pypiserver(lab: Lab, place: Place) -> Launch:
         "arguments['roots'] = [pathlib.Path(root) for root in arguments['roots']]\n"
         "app = pypiserver.app(**arguments)\n"
     )
-    argv = _gunicorn(lab, "pypiserver", "served:app", place.port)
+    argv = _gunicorn(lab, "pypiserver", "served:app", place)
     return Launch(argv, stored=place.store.path)
 
 
