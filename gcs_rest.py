@@ -10,7 +10,7 @@ Contents
     3. Sending              one request, its timeouts, its retries
     4. Downloads            a stream that heals itself and checks its md5
     5. Uploads              one request up to 8 MiB, a resumable session above
-    6. The bucket           list, get, read, insert, patch, delete, rewrite, warm
+    6. The bucket           list, get, read, insert, patch, delete, rewrite
 
 How to use it
     bucket = Bucket("my-bucket")
@@ -865,12 +865,6 @@ class Bucket:
             if not answer.get("rewriteToken"):
                 return read_object(answer.get("resource", {}))
             params["rewriteToken"] = answer["rewriteToken"]  # large: several calls
-
-    def warm(self) -> None:
-        """Gets a token, opens a connection and proves bucket and role, in one call."""
-        params = {"maxResults": 1, "fields": "kind"}
-        ask = self.client.ask("list", "", "GET", params, path=self.client.path())
-        self.client.call(ask)
 
 
 def digest(source: BinaryIO) -> str:

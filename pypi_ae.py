@@ -1289,9 +1289,6 @@ class Directory:
         for project in () if dry_run else self.catalog().projects:
             self.listing(project)
 
-    def warm(self) -> None:
-        """Nothing is slow the first time."""
-
 
 def _are_equal(one: Path, other: Path) -> bool:
     import filecmp
@@ -1455,7 +1452,6 @@ class Bucket(Protocol):
     ) -> Object: ...
     def delete(self, name: str, *, generation: int) -> None: ...
     def rewrite(self, name: str, to: str, *, generation: int) -> Object: ...
-    def warm(self) -> None: ...
 
 
 class Known(NamedTuple):
@@ -1599,7 +1595,9 @@ class Mirror:
         return self._listed_root(NEVER).catalog
 
     def listing(self, project: Project) -> Listing:
-        return self._listed(project, NEVER, NEVER)
+        """What `pull` has just made current; without what this request pushed."""
+        known = self._known.get(project)
+        return known.listing if known else self._listed(project, NEVER, NEVER)
 
     def current(self, project: Project) -> Listing:
         now = time.monotonic()
@@ -1711,11 +1709,6 @@ class Mirror:
         with asking():
             there = self.bucket.get(f"{found.path}.asc")
             return b"".join(self.bucket.read(there.name, generation=there.generation))
-
-    def warm(self) -> None:
-        """Fetch credentials and open a connection before a request needs them."""
-        with asking():
-            self.bucket.warm()
 
     # What handlers change, which is nothing until it is pushed...
 
@@ -2042,9 +2035,6 @@ class Folder:
     def rewrite(self, name: str, to: str, *, generation: int) -> Object:
         with open(self._check(name, generation), "rb") as file:
             return self.insert(to, file, metadata={}, if_generation=0)
-
-    def warm(self) -> None:
-        """Nothing is slow the first time."""
 
 
 def slice_of(file: Any, length: int) -> Iterator[bytes]:
@@ -2896,8 +2886,11 @@ def health(app: App, request: Request) -> Response:
 
 
 def warm_up(app: App, request: Request) -> Response:
-    """/_ah/warmup: App Engine asks before it sends an instance its first request."""
-    app.files.warm()
+    """/_ah/warmup: App Engine asks before it sends an instance its first request.
+
+    To list the root takes credentials and a connection: the first request finds both.
+    """
+    app.files.catalog()
     return text_response(200, "Ok")
 
 
@@ -2970,7 +2963,6 @@ class Files(Protocol):
     def add(self, new: Addition) -> bool: ...
     def remove(self, found: Distribution) -> None: ...
     def tidy(self, *, dry_run: bool) -> Iterator[str]: ...
-    def warm(self) -> None: ...
 
 
 class Route(NamedTuple):
