@@ -328,7 +328,7 @@ def to_project(name: str) -> Project | None:
     return Project(normalize(name)) if _NAME.fullmatch(name) else None
 
 
-@lru_cache(maxsize=4096)  # a look at a project takes each name apart thrice
+@lru_cache(maxsize=4096)  # each look at a project takes the same names apart
 def parse_filename(name: str, project: str = "") -> Parsed | None:
     """Take a distribution's file name apart (PEP 427, PEP 625 and older spellings).
 
@@ -392,7 +392,7 @@ def is_final(key: tuple[Any, ...]) -> bool:
 
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
-CHUNK = 1 << 20  # bytes per read; gunicorn receives as many, and copies leftovers
+CHUNK = 1 << 20  # bytes per read; gunicorn 27 receives as many, and copies leftovers
 COMPANIONS = (".metadata", ".asc", ".yanked")  # of a distribution, by their suffix
 
 
@@ -896,7 +896,7 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
 # are rendered from it, so a page is rendered once for as long as nothing changes.
 
 FILES_REMEMBERED = 10_000  # distributions in listings kept in memory: about 15 MB
-METADATA_REMEMBERED = 4 << 20  # bytes of core metadata: that of some 500 wheels
+METADATA_REMEMBERED = 4 << 20  # bytes of core metadata and keys: some 500 wheels
 
 
 class Facts(NamedTuple):
@@ -1034,13 +1034,14 @@ class Locks:
 #     <root>/<project>/<filename>   what uploads make
 #     <root>/<filename>             loose files: listed and served, never written
 #     <root>/.pypi_ae/              uploads in progress, and facts; may be deleted
-# A listing is trusted while the folder's and the root's times stay as they were, and
-# for LOOK_SECONDS or little more. Facts are computed once per file and kept as JSON
-# lines, one file per project, keyed by name, size, mtime and inode: no start, and no
-# other worker, hashes again.
+# A listing is trusted while the folder's and the root's times stay as they were, for
+# LOOK_SECONDS or, if the look took long, ten times as long as that took. Facts are
+# computed once per file and kept as JSON lines, one file per project, keyed by name,
+# size, mtime and inode: no start, and no other worker, hashes again.
 
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
-LOOK_SHARE = 0.1  # of the time, at most: in thousands of files a look takes long
+LOOK_SHARE = 0.1  # of the time goes into looks: in thousands of files one takes long
+LOOK_MOST = 30.0  # seconds; a look may have been slow for other reasons
 ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its process
 
 Stamps = Mapping[str, tuple[int, int, int]]  # by path: size, mtime_ns, inode
@@ -1050,12 +1051,12 @@ FactsByKey = dict[tuple[Any, ...], Facts]  # (name, *stamp)
 class Look(NamedTuple):
     """What was seen at one look, and until when (monotonic seconds) to trust it."""
 
-    folders: list[str]
-    mtimes: list[int]
+    mtimes: dict[str, int]  # of the root, and of the project's folders
     until: float
     stamps: Stamps
     facts: FactsByKey
     listing: Listing
+    whole: bool  # could every file be read?
 
 
 class Directory:
@@ -1074,17 +1075,19 @@ class Directory:
     # What is there...
 
     def listing(self, project: Project) -> Listing:
-        look = self._looks.get(project)
-        if (
-            look
-            and time.monotonic() < look.until
-            and _mtimes(look.folders) == look.mtimes
-        ):
-            return look.listing
-        with self._locks.of(project):
-            return self._look(project)
+        if listing := self._trusted(project):
+            return listing
+        with self._locks.of(project):  # those who waited find what the first one saw
+            return self._trusted(project) or self._look(project)
 
     current = listing
+
+    def _trusted(self, project: Project) -> Listing | None:
+        look = self._looks.get(project)
+        young = look and time.monotonic() < look.until
+        if look and young and _mtimes(look.mtimes) == look.mtimes:
+            return look.listing
+        return None
 
     def find(self, project: Project, filename: str) -> Distribution | None:
         """One distribution, its facts those of the bytes that lie there now."""
@@ -1096,8 +1099,9 @@ class Directory:
 
     def catalog(self) -> Catalog:
         mtime, now = mtime_of(str(self.root)), time.time_ns()
-        if self._catalog[0] == mtime:
-            return self._catalog[1]
+        seen, catalog = self._catalog
+        if seen == mtime:
+            return catalog
         folders: dict[Project, list[str]] = {}
         loose: dict[Project, list[str]] = {}
         with os.scandir(self.root) as entries:
@@ -1116,7 +1120,7 @@ class Directory:
         catalog = self.catalog()
         for project in catalog.projects:
             folders = self._folders(project, catalog)
-            there = self._names(project, folders, catalog).items()
+            there = self._owners(project, folders, catalog).items()
             yield from sorted(p for path, p in there if not path.endswith(COMPANIONS))
 
     def _look(self, project: Project) -> Listing:
@@ -1124,25 +1128,24 @@ class Directory:
         # The times come before the names: what changes meanwhile shows next time.
         mtimes, catalog = _mtimes([str(self.root)]), self.catalog()
         folders = self._folders(project, catalog)
-        mtimes += _mtimes(folders)
-        names = self._names(project, folders, catalog)
-        found = {path: stamp_of(path) for path in names}
+        mtimes |= _mtimes(folders)
+        owners = self._owners(project, folders, catalog)
+        found = {path: stamp_of(path) for path in owners}
         stamps = {path: stamp for path, stamp in found.items() if stamp}
-        times = (*mtimes, *(mtime for _, mtime, _ in stamps.values()))
+        times = (*mtimes.values(), *(mtime for _, mtime, _ in stamps.values()))
         settled = all(_is_settled(mtime, now) for mtime in times)
         ended = time.monotonic()
-        trust = max(LOOK_SECONDS, (ended - began) / LOOK_SHARE)
+        trust = min(max(LOOK_SECONDS, (ended - began) / LOOK_SHARE), LOOK_MOST)
         until = ended + trust if settled else 0.0
-        if last and last.until and last.stamps == stamps:
+        if last and last.until and last.whole and last.stamps == stamps:
             look = last._replace(mtimes=mtimes, until=until)
         else:
             facts = self.facts_of(project, stamps, now)
-            listing = Listing(project, _describe(names, stamps, facts))
+            listing = Listing(project, _describe(owners, stamps, facts))
             # Within the tick of a clock a file may be rewritten: those are not kept.
             kept = {k: known for k, known in facts.items() if _is_settled(k[2], now)}
-            look = Look(
-                [str(self.root), *folders], mtimes, until, stamps, kept, listing
-            )
+            whole = len(facts) == sum(not p.endswith(COMPANIONS) for p in stamps)
+            look = Look(mtimes, until, stamps, kept, listing, whole)
         self._looks.keep(project, look, 1 + len(stamps))
         return look.listing
 
@@ -1153,7 +1156,7 @@ class Directory:
             str(self.root / name) for name in dict.fromkeys((project, *sorted(names)))
         ]
 
-    def _names(
+    def _owners(
         self, project: Project, folders: Sequence[str], catalog: Catalog
     ) -> dict[str, Parsed]:
         """The files of a project by path, companions too, each with whose it is.
@@ -1162,13 +1165,13 @@ class Directory:
         """
         places = [(folder, _listdir(folder)) for folder in folders]
         places.append((str(self.root), catalog.loose.get(project, ())))
-        names: dict[str, tuple[str, Parsed]] = {}
+        owners: dict[str, tuple[str, Parsed]] = {}
         for folder, found in places:
             for name in found:
                 parsed = parse_filename(distribution_of(name), project)
                 if parsed and parsed.project == project:
-                    names.setdefault(name, (f"{folder}/{name}", parsed))
-        return dict(names.values())
+                    owners.setdefault(name, (os.path.join(folder, name), parsed))
+        return dict(owners.values())
 
     # What its bytes tell...
 
@@ -1223,7 +1226,7 @@ class Directory:
         if text is None:  # a zip file's directory is parsed for it: slower by far
             with open(found.path, "rb") as file:
                 text = read_core_metadata(file, found.filename, found.size).text
-            self._metadata.keep((found.path, found.stamp), text, len(text))
+            self._metadata.keep((found.path, found.stamp), text, 500 + len(text))
         return text
 
     def signature(self, found: Distribution) -> bytes:
@@ -1243,7 +1246,7 @@ class Directory:
         if changed:
             self._keep_facts(new.project, key, new.facts)
             Path(f"{target}.asc").unlink(missing_ok=True)  # it signed other bytes
-        if new.signature:
+        if new.signature and target.exists():  # a loose file's has no place
             source = new.source.with_suffix(".asc")
             source.write_bytes(new.signature)
             os.replace(source, f"{target}.asc")
@@ -1260,7 +1263,7 @@ class Directory:
                 break
             with contextlib.suppress(FileExistsError):  # at this moment: look again
                 give_name(new.source, target, overwrite=new.overwrite)
-                if there and there.path != str(target):
+                if there and Path(there.path) != target:
                     Path(there.path).unlink(missing_ok=True)  # replaced, though loose
                 return True
         raise FileExistsError(target)
@@ -1319,12 +1322,12 @@ def _listdir(folder: str) -> list[str]:
 
 
 def _describe(
-    names: Mapping[str, Parsed], stamps: Stamps, facts: FactsByKey
+    owners: Mapping[str, Parsed], stamps: Stamps, facts: FactsByKey
 ) -> Iterator[Distribution]:
     for path, stamp in stamps.items():
         if known := facts.get((os.path.basename(path), *stamp)):
             yield Distribution(  # all else is a companion, or not readable
-                *names[path],
+                *owners[path],
                 size=stamp[0],
                 uploaded=stamp[1] / 1e9,
                 facts=known,
@@ -1335,18 +1338,19 @@ def _describe(
             )
 
 
-def _mtimes(paths: Iterable[str]) -> list[int]:
-    return [mtime_of(path) for path in paths]
+def _mtimes(paths: Iterable[str]) -> dict[str, int]:
+    return {path: mtime_of(path) for path in paths}
 
 
 def _is_settled(mtime: int, now: int) -> bool:
     """Would a change after `now` show in this mtime (both in nanoseconds)?
 
     Linux stamps in ticks of at most 10 ms, FAT and some network file systems in full
-    seconds: within the same tick a second change leaves the time as it was.
+    seconds: within the same tick a second change leaves the time as it was. Times that
+    are still to come were set by hand, or by another clock.
     """
     tick = 20_000_000 if mtime % 1_000_000_000 else 2_000_000_000
-    return abs(now - mtime) > tick
+    return mtime < now - tick or mtime > time.time_ns() + tick
 
 
 def _read_yank(path: str) -> str:
@@ -1388,9 +1392,14 @@ def open_staged(folder: Path) -> BinaryIO:
 
 
 def write_staged(folder: Path, chunks: Iterable[bytes]) -> Path:
-    with open_staged(folder) as file:
-        for chunk in chunks:
-            write_all(file, chunk)
+    file = open_staged(folder)
+    try:
+        with file:
+            for chunk in chunks:
+                write_all(file, chunk)
+    except BaseException:
+        Path(file.name).unlink()
+        raise
     return Path(file.name)
 
 
@@ -1410,8 +1419,10 @@ def give_name(source: Path, target: Path, *, overwrite: bool) -> None:
         name_it(source, target)
     if os.name == "posix":  # the name has to outlive a power cut, like the bytes
         folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 # ---- 9. In step with a bucket --------------------------------------------------------
@@ -1493,15 +1504,17 @@ class Mirror:
         """List what the request will read, unless that was done within SYNC_SECONDS."""
         now, sync = request.started, self._sync
         project, filename = wanted(request)
+        if not request.route or not request.route.action:
+            return  # an answer that anybody may have says nothing of what is there
         if project:
             listing = self._listed(project, now - sync, now - ROOT_SECONDS * sync)
             if project in self._root.catalog.loose:  # as fresh as the root, no fresher
                 listing = self._listed(project, now - sync, now - sync)
             if not (filename in listing.by_name if filename else listing.distributions):
                 self._listed(project, now, now)  # never say no from memory
-        elif request.route and request.route.action == "update":
+        elif request.route.action == "update":
             self._listed_root(now - ROOT_SECONDS * sync)
-        elif request.route and request.route.path == "/simple/":
+        elif request.route.path == "/simple/":
             self._listed_root(now - sync)
 
     def _listed(self, project: Project, since: float, root_since: float) -> Listing:
@@ -1702,7 +1715,9 @@ class Mirror:
             source = open(self._cached(found), "rb")  # noqa: SIM115 - closed below
         with source, asking():
             text = read_core_metadata(source, found.filename, found.size).text
-        self._cache_file(found, write_staged(self.staging, [text]), ".metadata")
+        staged = write_staged(self.staging, [text])
+        self._cache_file(found, staged, ".metadata")
+        staged.unlink(missing_ok=True)  # the cache did not want it
         return text
 
     def signature(self, found: Distribution) -> bytes:
@@ -2417,17 +2432,18 @@ class MultipartParser:
     def __init__(self, boundary: bytes) -> None:
         self._mark = b"\r\n--" + boundary
         self._rest = b"\r\n"  # so that the first boundary looks like all others
+        self._at = 0  # what comes before is done with, and cut off once per feed
         self._step: Callable[[], Event | None] | None = self._preamble
         self._parts = 0
 
     def feed(self, data: bytes) -> Iterator[Event]:
-        self._rest += data
+        self._rest, self._at = self._rest[self._at :] + data, 0
         while step := self._step:
             if event := step():
                 yield event
             elif step is self._step:
                 return  # it needs more bytes
-        self._rest = b""  # the epilogue is nobody's
+        self._at = len(self._rest)  # the epilogue is nobody's
 
     def close(self) -> None:
         """Say that no bytes follow."""
@@ -2437,26 +2453,25 @@ class MultipartParser:
     def _preamble(self) -> None:
         at = self._rest.find(self._mark)
         if at >= 0:
-            self._rest, self._step = (
-                self._rest[at + len(self._mark) :],
-                self._after_mark,
-            )
+            self._at, self._step = at + len(self._mark), self._after_mark
         elif len(self._rest) > MAX_PART_HEADERS:
             raise HTTPError(400, "The form does not begin with its boundary.")
 
     def _after_mark(self) -> None:
-        if self._rest.startswith(b"--"):
+        if self._rest.startswith(b"--", self._at):
             self._step = None
             return
-        padding, end, rest = self._rest.partition(b"\r\n")
+        line = self._rest[self._at : self._at + 202]  # RFC 2046 lets spaces follow
+        padding, end, _ = line.partition(b"\r\n")
         blank = padding if end else padding.removesuffix(b"\r").removesuffix(b"-")
-        if blank.strip(b" \t") or len(padding) > 200:  # RFC 2046 lets spaces follow
+        if blank.strip(b" \t") or len(padding) > 200:
             raise HTTPError(400, "A boundary of the form is followed by other text.")
-        if end:
-            self._rest, self._step = b"\r\n" + rest, self._headers
+        if end:  # stays: headers, of which there may be none, follow a line's end
+            self._at, self._step = self._at + len(padding), self._headers
 
     def _headers(self) -> Event | None:
-        head, end, rest = self._rest.partition(b"\r\n\r\n")
+        head = self._rest[self._at : self._at + MAX_PART_HEADERS + 4]
+        head, end, _ = head.partition(b"\r\n\r\n")
         if len(head) > MAX_PART_HEADERS or self._parts >= MAX_FIELDS:
             limits = f"{MAX_FIELDS} fields, {MAX_PART_HEADERS} bytes of headers in each"
             raise HTTPError(
@@ -2465,18 +2480,18 @@ class MultipartParser:
         if not end:
             return None
         self._parts += 1
-        self._rest, self._step = rest, self._body
+        self._at, self._step = self._at + len(head) + len(end), self._body
         return _part(head)
 
     def _body(self) -> Event | None:
-        at = self._rest.find(self._mark)
-        if at == 0:
-            self._rest, self._step = self._rest[len(self._mark) :], self._after_mark
+        at = self._rest.find(self._mark, self._at)
+        if at == self._at:
+            self._at, self._step = at + len(self._mark), self._after_mark
             return PartEnds()
         safe = at if at > 0 else len(self._rest) - len(self._mark) + 1
-        if safe <= 0:
+        if safe <= self._at:
             return None
-        data, self._rest = self._rest[:safe], self._rest[safe:]
+        data, self._at = self._rest[self._at : safe], safe
         return PartData(data)
 
 
@@ -2558,8 +2573,9 @@ class Form:
         """
         self._hashed()
         if len(data) > SMALL:
-            self._hashing = threading.Thread(target=self._hash, args=(data,))
-            self._hashing.start()
+            hashing = threading.Thread(target=self._hash, args=(data,))
+            hashing.start()
+            self._hashing = hashing
         else:
             self._hash(data)
         write_all(file, data)
@@ -2614,9 +2630,9 @@ def read_form(app: App, request: Request) -> Form:
                 form.take(event)
         parser.close()
     finally:
-        form.close()
         if form.staged:
             request.staged.append(form.staged)
+        form.close()
     return form
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -1241,6 +1242,126 @@ def test_file_rewritten_later_is_seen_within_a_second_or_so(client: Client) -> N
     assert client.page()["files"][SDIST]["hashes"]["sha256"] == sha256(b"newer")
 
 
+def test_page_is_trusted_for_a_second_without_a_look(
+    stocked: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when an empty folder, a spelling of the project's name, came meanwhile."""
+    for path in (stocked.root / "acme").iterdir():
+        os.utime(path, (1e9, 1e9))
+    for number, name in enumerate(("acme", "ACME", "Acme")):
+        (stocked.root / name).mkdir(exist_ok=True)
+        for folder in (stocked.root / name, stocked.root):
+            os.utime(folder, (1e9 + number, 1e9 + number))
+        expected = stocked.page()
+        with monkeypatch.context() as context:
+            context.setattr(os, "listdir", None)
+            assert stocked.page() == expected
+
+
+def make_old(root: Path) -> None:
+    """Give all that is there, and its folders, times of long ago."""
+    for path in (*root.rglob("*"), root):
+        os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize(
+    ("slow", "trusted", "over"), [(0.0, 0.9, 1.1), (0.3, 2.9, 4.0), (9.0, 29.0, 31.0)]
+)
+def test_file_rewritten_in_place_is_seen_when_a_look_is_over(
+    client: Client,
+    slow: float,
+    trusted: float,
+    over: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a second, or after ten times what a slow look took; 30 s at most."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    real_listdir = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        clock[0] += slow
+        return real_listdir(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    (client.root / "acme").mkdir()
+    (client.root / "acme" / SDIST).write_bytes(b"old")
+    make_old(client.root)
+    assert client.page()["files"][SDIST]["size"] == 3
+    (client.root / "acme" / SDIST).write_bytes(b"newer")
+    make_old(client.root)
+    clock[0] += trusted
+    assert client.page()["files"][SDIST]["size"] == 3
+    clock[0] += over - trusted
+    assert client.page()["files"][SDIST]["size"] == 5
+
+
+def test_file_that_could_not_be_read_is_tried_again(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, say: neither the file nor its folder changes."""
+    (client.root / SDIST).write_bytes(b"x")
+    (client.root / WHEEL).write_bytes(make_wheel())
+    make_old(client.root)
+
+    def fail(path: Any, *mode: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(pypi_ae, "open", fail, raising=False)
+        assert client.page()["files"] == {}
+    later = time.monotonic() + 1.1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert set(client.page()["files"]) == {SDIST, WHEEL}
+
+
+def test_those_who_wait_for_a_look_share_it(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (client.root / "acme").mkdir()
+    (client.root / "acme" / SDIST).write_bytes(b"x")
+    make_old(client.root)
+    client.page()
+    looks, real_listdir = [], os.listdir
+
+    def listdir(path: str) -> list[str]:
+        looks.append(path)
+        time.sleep(0.1)
+        return real_listdir(path)
+
+    time.sleep(1.1)
+    monkeypatch.setattr(os, "listdir", listdir)
+    with ThreadPoolExecutor(8) as pool:
+        pages = list(pool.map(lambda _: client.page(), range(8)))
+    assert all(page["files"] for page in pages)
+    assert len(looks) == 1
+
+
+NOW = 1_700_000_000_123_456_789
+SECOND, TICK = 1_000_000_000, 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("mtime", "settled"),
+    [
+        pytest.param(NOW - SECOND, True, id="long ago"),
+        pytest.param(NOW - TICK - 1, True, id="before the tick"),
+        pytest.param(NOW - TICK, False, id="in the tick"),
+        pytest.param(NOW, False, id="now"),
+        pytest.param(NOW + SECOND // 2, False, id="during the look"),
+        pytest.param(NOW + SECOND + TICK + 1, True, id="still to come"),
+        pytest.param(NOW - NOW % SECOND - SECOND, False, id="full seconds"),
+        pytest.param(NOW - NOW % SECOND - 2 * SECOND, True, id="full seconds, before"),
+    ],
+)
+def test_time_of_a_file_is_settled_when_another_change_would_show(
+    mtime: int, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look began at NOW, and ends a second later."""
+    monkeypatch.setattr(time, "time_ns", lambda: NOW + SECOND)
+    assert pypi_ae._is_settled(mtime, NOW) is settled
+
+
 def test_facts_are_computed_once_for_all_starts(root: Path) -> None:
     """The bytes change, but not size, time and inode: nobody looks at them again."""
     root.mkdir()
@@ -1681,6 +1802,16 @@ def test_signature_is_served_beside_its_file(client: Client) -> None:
     assert f"{WHEEL}.asc" not in client.page()["files"]
 
 
+def test_signature_of_a_loose_file_has_no_place(client: Client) -> None:
+    (client.root / WHEEL).write_bytes(make_wheel())
+    form = upload_form(WHEEL, make_wheel(), gpg_signature="-----BEGIN")
+    before = snapshot(client.root)
+    assert client.post(form).status == 200
+    assert client.page()["files"][WHEEL].get("gpg-sig") is None
+    after = snapshot(client.root)
+    assert {name for name in after if "facts" not in name} == set(before)
+
+
 # ---- 12. Uploads ---------------------------------------------------------------------
 
 FORM = [
@@ -1811,12 +1942,11 @@ class SlowHash:
     """A sha256 that takes its time, most of all in the beginning."""
 
     def __init__(self) -> None:
-        self.hash, self.seconds = hashlib.sha256(), 0.2
+        self.hash, self.pauses = hashlib.sha256(), iter([0.3, 0.1])
 
     def update(self, data: bytes) -> None:
-        time.sleep(self.seconds)
+        time.sleep(next(self.pauses, 0.05))
         self.hash.update(data)
-        self.seconds = 0.05
 
     def hexdigest(self) -> str:
         return self.hash.hexdigest()
@@ -1832,6 +1962,18 @@ def test_digest_of_a_large_file_is_that_of_all_its_pieces_in_their_order(
     assert (answer.status, sha256(content) in answer.text) == (400, True)
     assert client.upload(WHEEL, content).status == 200
     assert client.page()["files"][WHEEL]["hashes"] == {"sha256": sha256(content)}
+
+
+def test_upload_that_no_thread_can_hash_leaves_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    content = make_wheel(code=random.Random(7).randbytes(3_000_000))
+    assert client.upload(WHEEL, content).status == 500
+    assert list((client.root / ".pypi_ae" / "staging").iterdir()) == []
 
 
 def test_upload_without_digests_and_with_few_fields_is_taken(client: Client) -> None:
@@ -5324,6 +5466,7 @@ COST: dict[str, tuple[float, Step, Step, list[str]]] = {
     "page, cold": (1000, nothing, page, [FOLDER, ROOT]),
     "page, young": (1000, page, page, []),
     "page, old": (0.1, page, page, [FOLDER]),
+    "redirect to a page": (0, nothing, fetch("/acme/", 302), []),
     "page, SYNC_SECONDS=0": (0, page, page, [FOLDER, ROOT]),
     "unknown project": (
         1000, simple, fetch("/simple/no/", 404), [ROOT, "list packages/no/"]),
@@ -5724,6 +5867,14 @@ def test_an_upload_above_the_bound_does_not_empty_the_cache(cloud: Cloud) -> Non
     with cloud.calls() as sent:
         assert client.get(url(WHEEL)).body == BYTES
     assert sent == []
+
+
+def test_metadata_that_the_cache_does_not_want_leaves_no_file(played: Cloud) -> None:
+    played.put(f"acme/{WHEEL}", BYTES, **facts(BYTES, python=">=3.8"))
+    client = played.instance(cache_mb=0)
+    for _ in range(2):
+        assert client.get(url(WHEEL) + ".metadata").status == 200
+    assert list((client.root / ".pypi_ae" / "staging").iterdir()) == []
 
 
 # ---- Objects that were copied in by hand ---------------------------------------------
