@@ -85,29 +85,21 @@ PIVOTED = ("auth", "memory", "calls", "gcs")
 # Scenarios whose columns are the sizes of the corpus.
 BY_SIZE = {"scale": "20 files a project", "scale one": "all files in one project"}
 
+INTRODUCTION = """
+Medians, with the least and the greatest in brackets. Ratios are taken round by round,
+against the limit named in the heading. Left out: windows in which one worker did all
+the work, five times running. Other CPU: what other programs used during a window,
+median.
+"""
+
 # ---- The tables ----------------------------------------------------------------------
 
 
 def markdown(rows: Sequence[Row], notes: Sequence[str], about: dict[str, str]) -> str:
     """Write everything: the goals first, then each scenario, then the notes."""
     table = Table(rows)
-    parts = [
-        "# Measurements",
-        "",
-        *(f"- {name}: {value}" for name, value in about.items()),
-    ]
-    parts += [
-        "",
-        "Medians, with the least and the greatest in brackets. Ratios are taken",
-    ]
-    parts += [
-        "round by round, against the limit named in the heading. Left out: windows in"
-    ]
-    parts += [
-        "which one worker did all the work, five times running. Other CPU: what other"
-    ]
-    parts += ["programs used during a window, median.", ""]
-    parts += goals(table)
+    facts = (f"- {name}: {value}" for name, value in about.items())
+    parts = ["# Measurements", "", *facts, INTRODUCTION, *goals(table)]
     for where, series in table.series.items():
         if where[0] not in (*PIVOTED, *BY_SIZE):
             parts += _section(table, where, series)

@@ -576,6 +576,14 @@ def _get(path: str) -> list[bytes | Path]:
 # ---- Installers ----------------------------------------------------------------------
 
 
+INSTALLERS = {
+    "pip": "{bin}/python -m pip install --isolated --no-cache-dir --no-compile -q"
+    " --disable-pip-version-check --index-url",
+    "uv": "{bin}/uv pip install --no-config -q --python {bin}/python"
+    " --cache-dir {scratch}/cache --default-index",
+}
+
+
 def install(run: Run) -> None:
     """pip and uv install 30 packages with a cold cache.
 
@@ -592,47 +600,28 @@ def install(run: Run) -> None:
         for number, server in turns(run.rounds + 1, servers):
             for client in ("pip", "uv"):
                 run.lab.drain()
-                value = _install(run, clients, client, server, store)
+                value = _install(clients, client, server, store)
                 if number:  # round 0 warms the page cache and the installers' byte code
                     where = ("install", store.files, client)
                     run.record(where, server.name, "s", number, value)
 
 
-def _install(run: Run, bin: Path, client: str, server: Server, store: Store) -> float:
+def _install(bin: Path, client: str, server: Server, store: Store) -> float:
     # In memory, where there is such a place: a disk's moods are larger than what is
     # to be measured.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    scratch = Path(tempfile.mkdtemp(dir=memory))
-    target = scratch / "target"
-    url = server.url(server.launch.simple)
-    if client == "pip":
-        command = [
-            str(bin / "python"),
-            "-m",
-            "pip",
-            "install",
-            "--isolated",
-            "--no-cache-dir",
-        ]
-        command += [
-            "--disable-pip-version-check",
-            "--no-compile",
-            "-q",
-            "--index-url",
-            url,
-        ]
-    else:
-        command = [str(bin / "uv"), "pip", "install", "--no-config", "-q", "--python"]
-        command += [str(bin / "python"), "--cache-dir", str(scratch / "cache")]
-        command += ["--default-index", url]
-    # No settings of this machine: they could add indexes.
-    env = {"PATH": os.defpath, "HOME": str(scratch), "PIP_CONFIG_FILE": os.devnull}
-    start = time.perf_counter()
-    command += ["--target", str(target), *store.projects[:30]]
-    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
-    taken = time.perf_counter() - start
-    assert len(list(target.glob("*.dist-info"))) == 30, f"{client} on {server.name}"
-    shutil.rmtree(scratch)
+    with tempfile.TemporaryDirectory(dir=memory) as scratch:
+        target = Path(scratch, "target")
+        parts = INSTALLERS[client].split()
+        command = [part.format(bin=bin, scratch=scratch) for part in parts]
+        command += [server.url(server.launch.simple), "--target", str(target)]
+        # No settings of this machine: they could add indexes.
+        env = {"PATH": os.defpath, "HOME": scratch, "TMPDIR": scratch}
+        env["PIP_CONFIG_FILE"] = os.devnull
+        start = time.perf_counter()
+        subprocess.run([*command, *store.projects[:30]], env=env, check=True)
+        taken = time.perf_counter() - start
+        assert len(list(target.glob("*.dist-info"))) == 30, f"{client} {server.name}"
     return taken
 
 
