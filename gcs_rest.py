@@ -57,7 +57,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from http.client import HTTPException
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, urlencode
 
 import requests
@@ -88,8 +88,7 @@ REASON_MAX = 300  # characters of a server's explanation; some send pages of HTM
 # need one `except`, and need not import this module to write it.
 
 
-@dataclass(frozen=True, slots=True)
-class Object:
+class Object(NamedTuple):
     """One generation of an object; `created` in POSIX seconds, `md5` in hex."""
 
     name: str
