@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure our server beside its peers and its limits, and print a table.
 
-    python bench/run.py                        everything: hours, on an idle machine
+    python bench/run.py                        everything: an hour or two, on an idle machine
     python bench/run.py page cold --rounds 7   some scenarios
     python bench/run.py page --servers ours hello --sizes 100 10000
     python bench/run.py --quick                does it still run? not for figures
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(lab, servers=wanted.servers, **chosen)
         for name in wanted.scenarios or SCENARIOS:
             failed += not measure(run, name)
-            save(run, wanted.out, wanted.name)  # each time: the whole takes hours
+            save(run, wanted.out, wanted.name)  # each time: the whole takes an hour
     print((wanted.out / f"{wanted.name}.md").read_text())
     return 1 if failed else 0
 
