@@ -1436,6 +1436,7 @@ def give_name(source: Path, target: Path, *, overwrite: bool) -> None:
 ROOT_SECONDS = 60  # times SYNC_SECONDS: to a project's page it only adds loose files
 TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last so many
 NEVER = float("-inf")
+ANY = "."  # the marker of any change is the folder of all markers
 Object = Any  # gcs_rest.Object, or Stored below: they have the same attributes
 Objects = list[Object]
 Listed = tuple[Objects, list[str]]  # objects, and prefixes
@@ -1469,7 +1470,8 @@ class Known(NamedTuple):
     """What a list call told of a project, when, and which local change it knew of."""
 
     at: float  # monotonic seconds
-    marker: int
+    marker: int  # of this project
+    any_marker: int  # of whatever changed last
     objects: list[Object]
     loose: list[Object]
     listing: Listing
@@ -1520,9 +1522,9 @@ class Mirror:
     def _listed(self, project: Project, since: float, root_since: float) -> Listing:
         """The listing of a project, no older than that; of those who wait, one asks."""
         known = self._known.get(project)
-        fresh = known and self._is_fresh(known, project, since)
-        if known and fresh and self._is_fresh(self._root, ".root", root_since):
-            return known.listing
+        young = known and known.at >= since and self._root.at >= root_since
+        if known and young and known.any_marker == self._marker(ANY):
+            return known.listing  # after one look at the disk, in nearly all cases
         with self._locks.of(project), asking():
             return self._list(project, since, root_since)
 
@@ -1534,6 +1536,7 @@ class Mirror:
 
     def _list(self, project: Project, since: float, root_since: float) -> Listing:
         known = self._known.get(project)
+        any_marker = self._marker(ANY)  # before the others, which it stands for
         at, marker = time.monotonic(), self._marker(project)
         if known and self._is_fresh(known, project, since):
             at, marker, objects = known.at, known.marker, known.objects
@@ -1552,7 +1555,7 @@ class Mirror:
             listing = known.listing  # and the pages rendered from it
         else:
             listing = Listing(project, self._describe(project, [*objects, *loose]))
-        known = Known(at, marker, objects, loose, listing)
+        known = Known(at, marker, any_marker, objects, loose, listing)
         self._known.keep(project, known, 1 + len(listing.distributions))
         return listing
 
@@ -1818,7 +1821,7 @@ class Mirror:
 
     def _touch(self, project: Project, *, root: bool = True) -> None:
         """Tell all workers of this instance to list a project again, and the root."""
-        for name in (project, ".root") if root else (project,):
+        for name in (project, ".root", ANY) if root else (project, ANY):
             (self._changes / name).touch()
             os.utime(self._changes / name, ns=(time.time_ns(),) * 2)
 

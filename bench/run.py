@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure our server beside its peers and its limits, and print a table.
 
-    python bench/run.py                        everything: an hour or two, on an idle machine
+    python bench/run.py                        everything: an hour, on an idle machine
     python bench/run.py page cold --rounds 7   some scenarios
     python bench/run.py page --servers ours hello --sizes 100 10000
     python bench/run.py --quick                does it still run? not for figures
