@@ -1507,7 +1507,7 @@ class Mirror:
         now, sync = request.started, self._sync
         project, filename = wanted(request)
         if not request.route or not request.route.action:
-            return  # an answer that anybody may have says nothing of what is there
+            return  # a redirect or a start page: nothing has to be current for these
         if project:
             listing = self._listed(project, now - sync, now - ROOT_SECONDS * sync)
             if project in self._root.catalog.loose:  # as fresh as the root, no fresher

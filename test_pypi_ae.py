@@ -1777,13 +1777,10 @@ def test_core_metadata_is_read_once_for_as_long_as_its_file_stays(
     stocked: Client,
 ) -> None:
     path, url = stocked.root / "acme" / WHEEL, f"/packages/acme/{WHEEL}.metadata"
-    old, times = (
-        stocked.get(url).body,
-        (path.stat().st_atime_ns, path.stat().st_mtime_ns),
-    )
+    old, before = stocked.get(url).body, path.stat()
     with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
-    os.utime(path, ns=times)
+        file.write(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert stocked.get(url).body == old
     path.write_bytes(make_wheel(requires_python=">=3.9"))
     assert stocked.get(url).body == make_metadata(requires_python=">=3.9")

@@ -327,9 +327,9 @@ class Lab:
         The emulator is quick to load from disk, but then objects lack the metadata our
         server writes: so the projects that are measured are uploaded through it.
         """
-        if store.files > MOST_EMULATED and store.path not in self.buckets:
+        if store.path not in self.buckets and store.files > MOST_EMULATED:
             self.buckets[store.path] = self._listed(store)
-        if store.path not in self.buckets:
+        elif store.path not in self.buckets:
             scratch, port = self.scratch("bucket"), free_port()
             packages = store.link_to(scratch / "data/bench/packages")
             measured = store.projects if store.files <= 1000 else [store.project]
