@@ -3,8 +3,9 @@
 
     environ -> Request -> route -> authorize -> before -> handler -> after -> Response
                           ROUTES   Users        hooks                hooks
+                                                Index.pull           Index.push
 
-Contents, in the order a request meets them:
+Contents. Each part uses those above it; to follow a request, start at the app (15):
 
      1. Words and errors       the types of checked strings; one error with a status
      2. Settings               one table, one reader: environment or keywords
@@ -13,14 +14,21 @@ Contents, in the order a request meets them:
      5. Users and passwords    htpasswd files, Basic auth, remembered logins
      6. Archives               core metadata, read out of wheels and sdists
      7. Listings               distributions, their facts, what a page is made of
-     8. The directory          where distributions lie, and what is known of them
-     9. In step with a bucket  the hooks pull and push; what is mirrored of a bucket
-    10. Pages                  content negotiation, HTML and JSON
-    11. Downloads              ranges, conditions, core metadata, signatures
-    12. Uploads                the streaming multipart parser, and what is checked
-    13. Other answers          JSON API, search, start page, health
-    14. Routes and the app     who may do what; the WSGI application; get_app()
-    15. Command line           run, passwd, tidy
+     8. The index              what is known of a store; the hooks pull and push
+     9. A directory            a store on the local disk
+    10. A bucket               a store in Cloud Storage, and the cache of its files
+    11. Pages                  content negotiation, HTML and JSON
+    12. Downloads              ranges, conditions, core metadata
+    13. Uploads                the streaming multipart parser, and what is checked
+    14. Other answers          JSON API, search, start page, health
+    15. Routes and the app     who may do what; the WSGI application; get_app()
+    16. Command line           run, passwd, tidy
+
+Three ways, as functions in the order in which they are called (a test follows them):
+
+    page      respond match pull listing look list simple_project page_response push
+    upload    respond match pull upload read_form read_core_metadata push create insert
+    download  respond match pull listing download file_response open read push
 
 Run it:     python pypi_ae.py [run] [DIR] [-p 8080] [-P htpasswd.txt]
             gunicorn 'pypi_ae:get_app()'
@@ -35,8 +43,8 @@ The environment (or the same words in lower case as keywords of get_app):
                              (/tmp/packages unless TIER is dev)
     TIER                     dev: a directory will do; all else: a bucket   dev
     BUCKET_NAME              the bucket; gcs_rest.py talks to it            none
-    REMOTE_PACKAGE_DIRECTORY the prefix in it; or, without a bucket,        packages
-                             a directory that stands for one
+    REMOTE_PACKAGE_DIRECTORY the prefix in it; without a bucket, the        packages
+                             directory that is served
     SYNC_SECONDS             how old a listing of the bucket may be         1
     CACHE_MB                 bound of the local cache of a bucket           100
     PASSWORD_FILE            users, in htpasswd format                      htpasswd.txt
@@ -68,15 +76,17 @@ import json
 import logging
 import os
 import re
+import stat
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -92,6 +102,8 @@ from urllib.parse import parse_qs, quote
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
+
+    from gcs_rest import Bucket, Object
 
 __version__ = "1.0.0"
 __all__ = ["App", "HTTPError", "Request", "Response", "get_app", "hash_password"]
@@ -129,7 +141,7 @@ class ArchiveError(ValueError):
 # Keywords of get_app are turned into the words of the environment, so that one reader
 # checks both. Nothing else in this file looks at the environment. "" is the default.
 
-WORDS = {
+DEFAULTS = {
     "LOCAL_PACKAGE_DIRECTORY": "",
     "TIER": "dev",
     "BUCKET_NAME": "",
@@ -156,7 +168,7 @@ class Settings:
 
     root: Path
     bucket_name: str
-    remote: str  # prefix in the bucket; without one, a directory that stands for it
+    remote: str  # prefix in the bucket; without a bucket, the root if it is set
     sync_seconds: float
     cache_bytes: int
     password_file: Path | None
@@ -174,7 +186,7 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """Read all settings; raise SettingsError for one that cannot work."""
         said = {
-            w: environ.get(w, "").strip() or default for w, default in WORDS.items()
+            w: environ.get(w, "").strip() or default for w, default in DEFAULTS.items()
         }
         hosted = any(word in environ for word in HOSTED)
         # The platforms end requests above 32 MB without a reason; we can give one.
@@ -208,12 +220,10 @@ def _places(said: Mapping[str, str]) -> tuple[Path, str]:
             "out to serve a local directory."
         )
     default = "packages" if tier == "dev" else "/tmp/packages"
-    root = Path(said["LOCAL_PACKAGE_DIRECTORY"] or default)
-    remote = said["REMOTE_PACKAGE_DIRECTORY"]
-    if remote and not bucket and Path(remote).absolute() == root.absolute():
-        same = "LOCAL_PACKAGE_DIRECTORY and REMOTE_PACKAGE_DIRECTORY are both"
-        raise SettingsError(f"{same} {remote!r}; leave the second out to serve it.")
-    return root, remote or ("packages" if bucket else "")
+    local, remote = said["LOCAL_PACKAGE_DIRECTORY"], said["REMOTE_PACKAGE_DIRECTORY"]
+    if not bucket:
+        return Path(remote or local or default), remote
+    return Path(local or default), remote or "packages"
 
 
 def _split(text: str) -> list[str]:
@@ -310,6 +320,7 @@ _VERSION = re.compile(
     re.X | re.I | re.ASCII,
 )
 UPLOADABLE = (".whl", ".tar.gz", ".zip")  # what PyPI takes: wheels and sdists
+VersionKey = tuple[Any, ...]  # as version_key() makes it; sorts by PEP 440
 
 
 class Parsed(NamedTuple):
@@ -328,7 +339,6 @@ def to_project(name: str) -> Project | None:
     return Project(normalize(name)) if _NAME.fullmatch(name) else None
 
 
-@lru_cache(maxsize=4096)  # each look at a project takes the same names apart
 def parse_filename(name: str, project: str = "") -> Parsed | None:
     """Take a distribution's file name apart (PEP 427, PEP 625 and older spellings).
 
@@ -354,8 +364,7 @@ def _split_sdist(stem: str, project: str) -> tuple[str, str] | None:
     return next(iter(meant + valid + splits), None)
 
 
-@lru_cache(maxsize=4096)  # sorted, listed, rendered: the same few versions
-def version_key(version: str) -> tuple[Any, ...]:
+def version_key(version: str) -> VersionKey:
     """The order of PEP 440, equal for equal versions; what is none sorts first."""
     match = _VERSION.fullmatch(version.strip())
     if not match or len(version) > 200:  # longer is no version; int() stays cheap
@@ -381,7 +390,7 @@ def _local(part: Mapping[str, str | None]) -> tuple[Any, ...]:
     return tuple((1, int(s), "") if s.isdigit() else (0, 0, s) for s in segments if s)
 
 
-def is_final(key: tuple[Any, ...]) -> bool:
+def is_final(key: VersionKey) -> bool:
     """Is this the key of a version that is neither a pre-release nor a dev release?"""
     return bool(key[0]) and key[3] == (2,) and key[5] == float("inf")
 
@@ -393,11 +402,11 @@ def is_final(key: tuple[Any, ...]) -> bool:
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
 CHUNK = 1 << 20  # bytes per read; gunicorn 27 receives as many, and copies leftovers
-COMPANIONS = (".metadata", ".asc", ".yanked")  # of a distribution, by their suffix
+SIDECARS = (".metadata", ".yanked")  # of a distribution, by their suffix
 
 
 class Addition(NamedTuple):
-    """A distribution that a request added; `source` is its staged file."""
+    """A distribution to add; `source` is its staged file."""
 
     filename: Filename
     project: Project
@@ -405,20 +414,19 @@ class Addition(NamedTuple):
     source: Path
     size: int
     facts: Facts
-    signature: bytes
     uploader: str
     overwrite: bool
 
 
 class Removal(NamedTuple):
-    """A distribution that a request removed."""
+    """A distribution to remove."""
 
     distribution: Distribution
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """Status line, headers, body, and what the request changed (for after hooks)."""
+    """Status line, headers, body, and changes: proposed before `push`, then made."""
 
     status: str
     headers: tuple[tuple[str, str], ...]
@@ -437,9 +445,11 @@ class Request:
     route: Route | None = None
     project: Project = Project("")  # the one that the path names, if it names one
     args: Mapping[str, str] = field(default_factory=dict)  # what else the path names
-    user: str = ""  # who is known to ask; "" if nobody had to say
-    unread: int | None = None  # bytes of the body; None: none was asked for
-    staged: list[Path] = field(default_factory=list)  # to be gone when it is over
+    user: str = ""  # authenticated user, or "" if the action needs none
+    listing: Listing = field(init=False)  # set by Index.pull: of the project
+    catalog: Catalog = field(init=False)  # set by Index.pull if there is no project
+    unread: int | None = None  # bytes of the body; None: it was not asked for
+    staged: list[Path] = field(default_factory=list)  # removed when the request ends
 
     def header(self, name: str) -> str:
         return str(self.environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
@@ -455,30 +465,34 @@ class Request:
         return "/".join(filter(None, (f"{scheme}://{host}", prefix, path)))
 
     def _forwarded(self, what: str) -> str:
-        # Set by a proxy in front; its first value is the client's side of the chain.
+        # A proxy in front sets it; the first value is the one of the client's side.
         value = self.header(f"X-Forwarded-{what}").split(",")[0].strip()
         return value if re.fullmatch(r"[\w.:/\[\]~%-]*", value, re.ASCII) else ""
 
 
-def wanted(request: Request) -> tuple[Project | None, str]:
-    """The project and, for a download, the distribution that a path is about."""
-    name = distribution_of(request.args.get("file", ""))
-    if request.project or not name:
-        return request.project or None, name
+def target_of(request: Request) -> tuple[Project | None, str]:
+    """The project that a path names and, of a download, the distribution."""
+    file = request.args.get("file")
+    if not file:
+        return request.project or None, ""
+    name = distribution_of(file)
+    if request.project:
+        return request.project, name
     parsed = parse_filename(name)
     return parsed.project if parsed else None, name
 
 
 def distribution_of(name: str) -> str:
-    """The distribution that a companion belongs to; any other name as it is."""
-    suffix = next(filter(name.endswith, COMPANIONS), "")
+    """The distribution that a sidecar belongs to; any other name as it is."""
+    suffix = next(filter(name.endswith, SIDECARS), "")
     return name.removesuffix(suffix)
 
 
 def text_response(status: int, message: str, *headers: tuple[str, str]) -> Response:
     """A sentence for a person, in the body and, when refusing, in the reason phrase."""
     body = f"{message}\n".encode()
-    reason = STATUS.get(status) or _reason(message)  # which is all that twine shows
+    # twine prints only the reason phrase, so the message goes there.
+    reason = STATUS.get(status) or _reason(message)
     plain = (("Content-Type", TEXT), ("X-Content-Type-Options", "nosniff"))
     length = ("Content-Length", str(len(body)))
     return Response(f"{status} {reason}", (*headers, *plain, length), (body,))
@@ -491,18 +505,18 @@ def _reason(message: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text without control characters: what a stranger sent adds no line to a log."""
+    """Text without control characters, so that nobody can add a line to a log."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", text)
 
 
 def redirect(location: str, status: int = 302) -> Response:
-    """A relative location survives every prefix that a proxy adds or strips."""
+    """Redirect; a relative location works behind any prefix that a proxy adds."""
     return text_response(status, f"See {location}", ("Location", location))
 
 
-def relative(here: str, there: str) -> str:
-    """The way from one path to another that does not name the root."""
-    return "../" * (here.count("/") - 1) + there[1:]
+def relative(path: str, target: str) -> str:
+    """The relative URL that leads from one path to another."""
+    return "../" * (path.count("/") - 1) + target[1:]
 
 
 def with_query(path: str, request: Request) -> str:
@@ -696,7 +710,7 @@ class Users:
 
     def logins(self) -> Logins:
         """The users as they are now; the file is read again when it has changed."""
-        if self._path and (stamp := stamp_of(self._path)) != self._logins.stamp:
+        if self._path and (stamp := file_state(self._path)) != self._logins.stamp:
             text = self._path.read_text("utf-8", "replace") if stamp else ""
             checks = dict(_read_users(text, self._path.name))
             self._logins = Logins(stamp, checks, {})
@@ -726,13 +740,15 @@ class Users:
         return user
 
 
-def stamp_of(path: Path | str) -> tuple[int, int, int] | None:
-    """What tells one state of a file from the next; None when there is none."""
+def file_state(path: Path | str | int) -> State | None:
+    """Numbers that change with a regular file's content; None if there is none."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:  # it is not there, or as good as that: a loop, a closed folder
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
@@ -892,11 +908,17 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
 
 
 # ---- 7. Listings ---------------------------------------------------------------------
-# A listing is what a project page is made of. It is immutable but for the answers that
-# are rendered from it, so a page is rendered once for as long as nothing changes.
+# What an index shows, as values: a Distribution is one file with its facts, a Listing
+# the files of one project, a Catalog the names of all projects. None of them changes,
+# but each keeps what was rendered from it: a page is rendered once per change, and the
+# line of a file once for as long as the file stays as it is.
 
-FILES_REMEMBERED = 10_000  # distributions in listings kept in memory: about 15 MB
-METADATA_REMEMBERED = 4 << 20  # bytes of core metadata and keys: some 500 wheels
+FILES_KEPT = 10_000  # distributions in the listings that are kept: about 25 MB
+METADATA_KEPT = 4 << 20  # bytes of core metadata and keys: some 500 wheels
+
+Answer = tuple["Response", "Response"]  # in full, and 304
+State = tuple[int, ...]  # of a file: size, mtime_ns, inode; of an object: generations
+T = TypeVar("T")
 
 
 class Facts(NamedTuple):
@@ -925,9 +947,9 @@ def read_facts(source: BinaryIO, filename: str, size: int) -> Facts:
         return Facts(sha256)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Distribution:
-    """One wheel or sdist as an index page shows it."""
+    """One wheel or sdist as an index page shows it; equal only to itself."""
 
     filename: Filename
     project: Project
@@ -936,10 +958,16 @@ class Distribution:
     uploaded: float  # POSIX seconds
     facts: Facts
     yanked: str | None  # the reason, which may be ""; None: not yanked
-    signed: bool
-    path: str  # where it lies
-    stamp: tuple[int, ...]  # changes when its bytes do
+    path: str  # of the file, or the name of the object
+    state: State  # changes when its bytes do
+    loose: bool  # it lies in the root, not in its project's folder
     md5: str = ""  # all that is known of an object which was copied into a bucket
+    lines: dict[str, str] = field(default_factory=dict)  # rendered, by content type
+
+    @cached_property
+    def key(self) -> VersionKey:
+        """The sort key of its version."""
+        return version_key(self.version)
 
     @property
     def url(self) -> str:
@@ -949,978 +977,403 @@ class Distribution:
     @property
     def hashes(self) -> dict[str, str]:
         """The best hash that is known, in hex, by its name; {} if none is."""
-        known = (
-            {"sha256": self.facts.sha256} if self.facts.sha256 else {"md5": self.md5}
-        )
-        return known if any(known.values()) else {}
+        if self.facts.sha256:
+            return {"sha256": self.facts.sha256}
+        return {"md5": self.md5} if self.md5 else {}
 
     @property
     def tag(self) -> str:
         """Its entity tag: the same bytes, the same tag, wherever they are served."""
-        return f'"{self.facts.sha256 or self.md5 or self.stamp[0]}"'
-
-
-Answer = tuple["Response", "Response"]  # in full, and 304
-T = TypeVar("T")
+        return f'"{self.facts.sha256 or self.md5 or self.state[0]}"'
 
 
 class Listing:
     """The distributions of one project, in the order of their versions."""
 
-    def __init__(self, project: Project, found: Iterable[Distribution]) -> None:
+    def __init__(self, project: Project, dists: Iterable[Distribution]) -> None:
         self.project = project
-        self.distributions = sorted(found, key=_by_version)
-        self.by_name = {str(d.filename): d for d in self.distributions}
+        self.dists = sorted(dists, key=lambda dist: (dist.key, dist.filename))
+        self.by_name: dict[str, Distribution] = {d.filename: d for d in self.dists}
         self.answers: dict[tuple[str, bool], Answer] = {}
 
-    def versions(self) -> dict[tuple[Any, ...], str]:
+    def versions(self) -> dict[VersionKey, str]:
         """Each version once (PEP 700), oldest first; 1.0 and 1.0.0 are the same."""
-        names: dict[tuple[Any, ...], str] = {}
-        for found in self.distributions:
-            names.setdefault(version_key(found.version), found.version)
+        names: dict[VersionKey, str] = {}
+        for dist in self.dists:
+            names.setdefault(dist.key, dist.version)
         return names
 
 
-def _by_version(found: Distribution) -> tuple[Any, ...]:
-    return version_key(found.version), found.filename
+class Place(NamedTuple):
+    """Where the files of a project lie, as the root of a store tells it."""
+
+    folders: tuple[str, ...] = ()  # names; a directory may have several spellings
+    # Loose files by name. The list of a bucket describes them, that of a directory
+    # only names them.
+    loose: Mapping[str, Distribution | None] = MappingProxyType({})
 
 
 class Catalog:
-    """The names of all projects: their folders, and what lies loose beside these."""
+    """The names of all projects, and where their files lie."""
 
-    def __init__(
-        self, folders: Mapping[Project, Any], loose: Mapping[Project, Any]
-    ) -> None:
-        self.folders, self.loose = folders, loose
-        self.projects = sorted({*folders, *loose})
+    def __init__(self, places: Mapping[Project, Place]) -> None:
+        self.places = places
+        self.projects = sorted(places)
         self.answers: dict[tuple[str, bool], Answer] = {}
 
 
-class Remembered(Generic[T]):
-    """Values by key, bounded: what was kept first is forgotten first."""
+class BoundedCache(Generic[T]):
+    """Values by key. The sum of their sizes is bounded; the oldest are dropped first.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._total = most, 0  # of what sizes are counted in
+    A value that is larger than the bound has a place of its own, so it neither pushes
+    all others out nor is pushed out by them.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self._bound, self._total = bound, 0  # in the unit of the sizes
         self._values: dict[Hashable, tuple[T, int]] = {}
+        self._large: dict[Hashable, T] = {}  # one at most
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> T | None:
-        kept = self._values.get(key)
-        return kept[0] if kept else None
+        cached = self._values.get(key)
+        return cached[0] if cached else self._large.get(key)
 
     def keep(self, key: Hashable, value: T, size: int) -> None:
         with self._lock:
-            self._total += size - self._drop(key)
+            self._drop(key)
+            if size > self._bound:
+                self._large = {key: value}
+                return
+            self._large.pop(key, None)
             self._values[key] = value, size
-            while self._total > self._most and len(self._values) > 1:
-                self._total -= self._drop(next(iter(self._values)))
+            self._total += size
+            while self._total > self._bound:
+                self._drop(next(iter(self._values)))
 
-    def _drop(self, key: Hashable) -> int:
-        dropped = self._values.pop(key, None)
-        return dropped[1] if dropped else 0
+    def _drop(self, key: Hashable) -> None:
+        self._total -= self._values.pop(key, (None, 0))[1]
 
 
-class Locks:
-    """A lock per project, striped: those who wait for one seldom wait for another."""
+# ---- 8. The index --------------------------------------------------------------------
+# An Index knows what lies in a Store: a directory or a bucket. `pull`, a before hook,
+# puts on a request the listing or the catalog that it reads. A handler proposes changes
+# in its response. `push`, an after hook, commits them before that is answered: first it
+# tries, and only when the name is taken does it look at what is there.
 
-    def __init__(self) -> None:
-        self._locks = [threading.Lock() for _ in range(64)]
-
-    def of(self, project: Project) -> threading.Lock:
-        return self._locks[hash(project) % len(self._locks)]
-
-
-# ---- 8. The directory ----------------------------------------------------------------
-#     <root>/<project>/<filename>   what uploads make
-#     <root>/<filename>             loose files: listed and served, never written
-#     <root>/.pypi_ae/              uploads in progress, and facts; may be deleted
-# A listing is trusted while the folder's and the root's times stay as they were, for
-# LOOK_SECONDS or, if the look took long, ten times as long as that took. Facts are
-# computed once per file and kept as JSON lines, one file per project, keyed by name,
-# size, mtime and inode: no start, and no other worker, hashes again.
-
-LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
-LOOK_SHARE = 0.1  # of the time goes into looks: in thousands of files one takes long
-LOOK_MOST = 30.0  # seconds; a look may have been slow for other reasons
-ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its process
-
-Stamps = Mapping[str, tuple[int, int, int]]  # by path: size, mtime_ns, inode
-FactsByKey = dict[tuple[Any, ...], Facts]  # (name, *stamp)
-
-
-class Look(NamedTuple):
-    """What was seen at one look, and until when (monotonic seconds) to trust it."""
-
-    mtimes: dict[str, int]  # of the root, and of the project's folders
-    until: float
-    stamps: Stamps
-    facts: FactsByKey
-    listing: Listing
-    whole: bool  # could every file be read?
-
-
-class Directory:
-    """Distributions in a directory: found, described, read, added and removed."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
-        make_folder(self.root)
-        self.staging = self.root / ".pypi_ae" / "staging"
-        self._facts = self.root / ".pypi_ae" / "facts"
-        self._catalog = (-1, Catalog({}, {}))  # and the mtime of the root
-        self._looks: Remembered[Look] = Remembered(FILES_REMEMBERED)
-        self._metadata: Remembered[bytes] = Remembered(METADATA_REMEMBERED)
-        self._locks = Locks()
-
-    # What is there...
-
-    def listing(self, project: Project) -> Listing:
-        if listing := self._trusted(project):
-            return listing
-        with self._locks.of(project):  # those who waited find what the first one saw
-            return self._trusted(project) or self._look(project)
-
-    current = listing
-
-    def _trusted(self, project: Project) -> Listing | None:
-        look = self._looks.get(project)
-        young = look and time.monotonic() < look.until
-        if look and young and _mtimes(look.mtimes) == look.mtimes:
-            return look.listing
-        return None
-
-    def find(self, project: Project, filename: str) -> Distribution | None:
-        """One distribution, its facts those of the bytes that lie there now."""
-        found = self.listing(project).by_name.get(filename)
-        if found and stamp_of(found.path) != found.stamp:
-            with self._locks.of(project):
-                found = self._look(project).by_name.get(filename)
-        return found
-
-    def catalog(self) -> Catalog:
-        mtime, now = mtime_of(str(self.root)), time.time_ns()
-        seen, catalog = self._catalog
-        if seen == mtime:
-            return catalog
-        folders: dict[Project, list[str]] = {}
-        loose: dict[Project, list[str]] = {}
-        with os.scandir(self.root) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    if owner := to_project(entry.name):
-                        folders.setdefault(owner, []).append(entry.name)
-                elif parsed := parse_filename(distribution_of(entry.name)):
-                    loose.setdefault(parsed.project, []).append(entry.name)
-        catalog = Catalog(folders, loose)
-        self._catalog = (mtime if _is_settled(mtime, now) else -1, catalog)
-        return catalog
-
-    def everything(self) -> Iterator[Parsed]:
-        """Every distribution there is, without its facts."""
-        catalog = self.catalog()
-        for project in catalog.projects:
-            folders = self._folders(project, catalog)
-            there = self._owners(project, folders, catalog).items()
-            yield from sorted(p for path, p in there if not path.endswith(COMPANIONS))
-
-    def _look(self, project: Project) -> Listing:
-        last, now, began = self._looks.get(project), time.time_ns(), time.monotonic()
-        # The times come before the names: what changes meanwhile shows next time.
-        mtimes, catalog = _mtimes([str(self.root)]), self.catalog()
-        folders = self._folders(project, catalog)
-        mtimes |= _mtimes(folders)
-        owners = self._owners(project, folders, catalog)
-        found = {path: stamp_of(path) for path in owners}
-        stamps = {path: stamp for path, stamp in found.items() if stamp}
-        times = (*mtimes.values(), *(mtime for _, mtime, _ in stamps.values()))
-        settled = all(_is_settled(mtime, now) for mtime in times)
-        ended = time.monotonic()
-        trust = min(max(LOOK_SECONDS, (ended - began) / LOOK_SHARE), LOOK_MOST)
-        until = ended + trust if settled else 0.0
-        if last and last.until and last.whole and last.stamps == stamps:
-            look = last._replace(mtimes=mtimes, until=until)
-        else:
-            facts = self.facts_of(project, stamps, now)
-            listing = Listing(project, _describe(owners, stamps, facts))
-            # Within the tick of a clock a file may be rewritten: those are not kept.
-            kept = {k: known for k, known in facts.items() if _is_settled(k[2], now)}
-            whole = len(facts) == sum(not p.endswith(COMPANIONS) for p in stamps)
-            look = Look(mtimes, until, stamps, kept, listing, whole)
-        self._looks.keep(project, look, 1 + len(stamps))
-        return look.listing
-
-    def _folders(self, project: Project, catalog: Catalog) -> list[str]:
-        """The project's folder, and others whose name is a spelling of it."""
-        names = catalog.folders.get(project, ())
-        return [
-            str(self.root / name) for name in dict.fromkeys((project, *sorted(names)))
-        ]
-
-    def _owners(
-        self, project: Project, folders: Sequence[str], catalog: Catalog
-    ) -> dict[str, Parsed]:
-        """The files of a project by path, companions too, each with whose it is.
-
-        Of two with one name, the first folder's.
-        """
-        places = [(folder, _listdir(folder)) for folder in folders]
-        places.append((str(self.root), catalog.loose.get(project, ())))
-        owners: dict[str, tuple[str, Parsed]] = {}
-        for folder, found in places:
-            for name in found:
-                parsed = parse_filename(distribution_of(name), project)
-                if parsed and parsed.project == project:
-                    owners.setdefault(name, (os.path.join(folder, name), parsed))
-        return dict(owners.values())
-
-    # What its bytes tell...
-
-    def facts_of(self, project: Project, stamps: Stamps, now: int) -> FactsByKey:
-        last = self._looks.get(project)
-        wanted = {
-            (os.path.basename(path), *stamp): path
-            for path, stamp in stamps.items()
-            if not path.endswith(COMPANIONS)
-        }
-        facts: FactsByKey = {}
-        if last:
-            facts |= {key: last.facts[key] for key in wanted if key in last.facts}
-        if len(facts) < len(wanted):  # another worker, or an earlier start, may know
-            kept = self._kept_facts(project)
-            facts |= {key: kept[key] for key in wanted if key in kept}
-        for key in [key for key in wanted if key not in facts]:
-            if new := _compute_facts(wanted[key], key[1:]):
-                facts[key] = new
-                if _is_settled(key[2], now):
-                    self._keep_facts(project, key, new)
-        return facts
-
-    def _kept_facts(self, project: Project) -> FactsByKey:
-        facts: FactsByKey = {}
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self._facts / f"{project}.jsonl").read_bytes().splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # torn by a crash
-                    name, size, mtime, inode, *rest = json.loads(line)
-                    facts[name, size, mtime, inode] = Facts(*rest)
-        return facts
-
-    def _keep_facts(
-        self, project: Project, key: Sequence[object], facts: Facts
-    ) -> None:
-        line = json.dumps([*key, *facts]) + "\n"
-        try:
-            self._facts.mkdir(parents=True, exist_ok=True)
-            with open(self._facts / f"{project}.jsonl", "ab", buffering=0) as file:
-                file.write(line.encode())  # one write: lines of two workers do not mix
-        except OSError as fault:  # a read-only directory is served all the same
-            log.warning("facts are not kept, so a restart hashes again: %s", fault)
-
-    # Reading...
-
-    def content(self, found: Distribution, start: int, stop: int) -> BinaryIO:
-        """The distribution's file, at byte `start`; the caller reads up to `stop`."""
-        return open_at(found.path, start)
-
-    def core_metadata(self, found: Distribution) -> bytes:
-        text = self._metadata.get((found.path, found.stamp))
-        if text is None:  # a zip file's directory is parsed for it: slower by far
-            with open(found.path, "rb") as file:
-                text = read_core_metadata(file, found.filename, found.size).text
-            self._metadata.keep((found.path, found.stamp), text, 500 + len(text))
-        return text
-
-    def signature(self, found: Distribution) -> bytes:
-        return Path(found.path + ".asc").read_bytes()
-
-    # Changing...
-
-    def add(self, new: Addition) -> bool:
-        """Make a staged file a distribution, at one stroke.
-
-        Returns False when the same bytes are there already; raises FileExistsError
-        when others are and `new.overwrite` is not set.
-        """
-        target = self.root / new.project / new.filename
-        key = (new.filename, *(stamp_of(new.source) or ()))
-        changed = self._put(new, target)
-        if changed:
-            self._keep_facts(new.project, key, new.facts)
-            Path(f"{target}.asc").unlink(missing_ok=True)  # it signed other bytes
-        if new.signature and target.exists():  # a loose file's has no place
-            source = new.source.with_suffix(".asc")
-            source.write_bytes(new.signature)
-            os.replace(source, f"{target}.asc")
-        return changed
-
-    def _put(self, new: Addition, target: Path) -> bool:
-        for _ in range(3):  # what is in the way may vanish before it is looked at
-            homes = [str(self.root), *self._folders(new.project, self.catalog())]
-            taken = any(os.path.exists(f"{home}/{new.filename}") for home in homes)
-            there = self.find(new.project, new.filename) if taken else None
-            if there and there.facts.sha256 == new.facts.sha256:
-                return False
-            if there and not new.overwrite:
-                break
-            with contextlib.suppress(FileExistsError):  # at this moment: look again
-                give_name(new.source, target, overwrite=new.overwrite)
-                if there and Path(there.path) != target:
-                    Path(there.path).unlink(missing_ok=True)  # replaced, though loose
-                return True
-        raise FileExistsError(target)
-
-    def remove(self, found: Distribution) -> None:
-        for path in (found.path, f"{found.path}.asc", f"{found.path}.yanked"):
-            Path(path).unlink(missing_ok=True)
-        folder = Path(found.path).parent
-        if folder != self.root:
-            with contextlib.suppress(OSError):  # it holds something else, and stays
-                folder.rmdir()
-
-    def tidy(self, *, dry_run: bool) -> Iterator[str]:
-        """Compute all facts, move loose files to their folders, and say so."""
-        for project, names in sorted(self.catalog().loose.items()):
-            for name in names:
-                loose, home = self.root / name, self.root / project / name
-                if home.exists() and not _are_equal(loose, home):
-                    yield f"{name} stays: other bytes are in {project}/"
-                    continue
-                yield f"{name} -> {project}/{name}"
-                if not dry_run:
-                    with contextlib.suppress(FileExistsError):  # interrupted last time
-                        give_name(loose, home, overwrite=False)
-                    loose.unlink()
-        for project in () if dry_run else self.catalog().projects:
-            self.listing(project)
-
-
-def _are_equal(one: Path, other: Path) -> bool:
-    import filecmp
-
-    return filecmp.cmp(one, other, shallow=False)
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        why = f"{str(path)!r} cannot be made a directory: {fault.strerror}"
-        raise SettingsError(f"{why}. Set LOCAL_PACKAGE_DIRECTORY (DIR).") from fault
-
-
-def mtime_of(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:  # it is not there, or as good as that
-        return 0
-
-
-def _listdir(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _describe(
-    owners: Mapping[str, Parsed], stamps: Stamps, facts: FactsByKey
-) -> Iterator[Distribution]:
-    for path, stamp in stamps.items():
-        if known := facts.get((os.path.basename(path), *stamp)):
-            yield Distribution(  # all else is a companion, or not readable
-                *owners[path],
-                size=stamp[0],
-                uploaded=stamp[1] / 1e9,
-                facts=known,
-                yanked=_read_yank(path) if path + ".yanked" in stamps else None,
-                signed=path + ".asc" in stamps,
-                path=path,
-                stamp=stamp,
-            )
-
-
-def _mtimes(paths: Iterable[str]) -> dict[str, int]:
-    return {path: mtime_of(path) for path in paths}
-
-
-def _is_settled(mtime: int, now: int) -> bool:
-    """Would a change after `now` show in this mtime (both in nanoseconds)?
-
-    Linux stamps in ticks of at most 10 ms, FAT and some network file systems in full
-    seconds: within the same tick a second change leaves the time as it was. Times that
-    are still to come were set by hand, or by another clock.
-    """
-    tick = 20_000_000 if mtime % 1_000_000_000 else 2_000_000_000
-    return mtime < now - tick or mtime > time.time_ns() + tick
-
-
-def _read_yank(path: str) -> str:
-    """The reason of a yank: the text of <file>.yanked, 1,000 letters at most."""
-    try:
-        with open(path + ".yanked", encoding="utf-8", errors="replace") as file:
-            return " ".join(file.read(1000).split())
-    except OSError:  # whatever it is, it says that the file is yanked
-        return ""
-
-
-def _compute_facts(path: str, stamp: tuple[int, ...]) -> Facts | None:
-    """Read a file for its facts; None if it goes or changes while it is read."""
-    try:
-        with open(path, "rb") as file:
-            facts = read_facts(file, os.path.basename(path), stamp[0])
-            return facts if stamp_of(path) == stamp else None
-    except OSError as fault:
-        log.warning("%s is not listed, as it cannot be read: %s", path, fault)
-        return None
-
-
-def open_at(path: Path | str, start: int) -> BinaryIO:
-    """Open a file at a byte of it; whoever gets it closes it."""
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - unbuffered, for a socket
-    if start:
-        file.seek(start)
-    return file
-
-
-def open_staged(folder: Path) -> BinaryIO:
-    """Open a new file for an upload in progress, and sweep out those of the dead."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # swept by another worker
-            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
-                os.unlink(entry.path)
-    return open(folder / os.urandom(16).hex(), "xb", buffering=0)
-
-
-def write_staged(folder: Path, chunks: Iterable[bytes]) -> Path:
-    file = open_staged(folder)
-    try:
-        with file:
-            for chunk in chunks:
-                write_all(file, chunk)
-    except BaseException:
-        Path(file.name).unlink()
-        raise
-    return Path(file.name)
-
-
-def write_all(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:  # an unbuffered file may write less than it is given
-        view = view[file.write(view) :]
-
-
-def give_name(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Name a staged file, atomically; raise FileExistsError if the name is taken."""
-    name_it = os.replace if overwrite else os.link
-    try:
-        name_it(source, target)
-    except FileNotFoundError:  # the first file of its project, or the last just went
-        target.parent.mkdir(exist_ok=True)
-        name_it(source, target)
-    if os.name == "posix":  # the name has to outlive a power cut, like the bytes
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-# ---- 9. In step with a bucket --------------------------------------------------------
-#     <prefix>/<project>/<filename>   what uploads make; facts are custom metadata
-#     <prefix>/<filename>             loose objects: listed and served, never written
-# `pull`, a before hook, makes current what the request reads: its project's listing
-# and, less often, that of the root. `push`, an after hook, commits what was changed
-# before that is answered; a precondition decides between writers. Between the two,
-# handlers see a Mirror: listings in memory, and a bounded cache of files on disk.
-
-ROOT_SECONDS = 60  # times SYNC_SECONDS: to a project's page it only adds loose files
+TRIES = 3  # an upload that loses a race may try again; who loses thrice is told so
 TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last so many
-NEVER = float("-inf")
-ANY = "."  # the marker of any change is the folder of all markers
-Object = Any  # gcs_rest.Object, or Stored below: they have the same attributes
-Objects = list[Object]
-Listed = tuple[Objects, list[str]]  # objects, and prefixes
+
+Mark = tuple[int, int]  # of a path: mtime_ns, number of links
 
 
-class Bucket(Protocol):
-    """What Mirror needs of a bucket: gcs_rest.Bucket has it, and Folder below.
+class Look(NamedTuple, Generic[T]):
+    """One reading of a store: what was found, and how long to believe it.
 
-    Raises FileNotFoundError, FileExistsError when a precondition fails, and other kinds
-    of OSError when the bucket cannot be asked.
+    Moments are monotonic seconds. A change of a mark ends the belief at once.
     """
 
-    def list(self, prefix: str, *, delimiter: str = "") -> Listed:
-        """Objects whose names begin so; with a delimiter, deeper ones as prefixes."""
-
-    def get(self, name: str) -> Object: ...
-    def read(
-        self, name: str, *, generation: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[bytes]: ...
-    def insert(
-        self, name: str, source: Any, *, metadata: Mapping[str, str], if_generation: int
-    ) -> Object: ...
-    def patch(
-        self, name: str, metadata: Any, *, generation: int, metageneration: int
-    ) -> Object: ...
-    def delete(self, name: str, *, generation: int) -> None: ...
-    def rewrite(self, name: str, to: str, *, generation: int) -> Object: ...
+    found: T
+    marks: Mapping[str, Mark]  # by path, read before the store was
+    until: float  # when to stop believing that what was found is there
+    sure: float  # when to stop believing that nothing else is there
+    place: Place = Place()  # of a project
 
 
-class Known(NamedTuple):
-    """What a list call told of a project, when, and which local change it knew of."""
-
-    at: float  # monotonic seconds
-    marker: int  # of this project
-    any_marker: int  # of whatever changed last
-    objects: list[Object]
-    loose: list[Object]
-    listing: Listing
-
-
-class Root(NamedTuple):
-    """The same of the root."""
-
-    at: float
-    marker: int
-    catalog: Catalog  # its loose: lists of objects
+def is_current(look: Look[Any], began: float, *, denies: bool = False) -> bool:
+    """May a look serve a request that began then or, if it `denies`, refuse it?"""
+    if began >= (look.sure if denies else look.until):
+        return False
+    for path, mark in look.marks.items():  # noqa: SIM110 - all() takes twice the time
+        if read_mark(path) != mark:
+            return False
+    return True
 
 
-class Mirror:
-    """What is known here of the distributions in a bucket."""
+def read_marks(paths: Iterable[str]) -> dict[str, Mark]:
+    return {path: read_mark(path) for path in paths}
 
-    def __init__(self, settings: Settings, bucket: Bucket, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix
-        own = settings.root.absolute() / ".pypi_ae"
-        self.staging = own / "staging"
-        self._cache, self._changes = own / "cache", own / "changes"
-        for folder in (self._cache, self._changes):
-            make_folder(folder)
-        self._sync, self._cache_bytes = settings.sync_seconds, settings.cache_bytes
-        self._root = Root(NEVER, -1, Catalog({}, {}))
-        self._known: Remembered[Known] = Remembered(FILES_REMEMBERED)
-        self._root_lock, self._locks = threading.Lock(), Locks()
+
+def read_mark(path: str) -> Mark:
+    """Numbers that change when names in a folder, or a file, change.
+
+    The links of most file systems' folders count the folders in them, so a new folder
+    shows even within one tick of the clock.
+    """
+    try:
+        state = os.stat(path)
+    except OSError:  # it is not there, or as good as that
+        return 0, 0
+    return state.st_mtime_ns, state.st_nlink
+
+
+class Store(Protocol):
+    """Where distributions lie for good. Only an Index calls it.
+
+    What a store cannot do now is an OSError, which the app answers with 503.
+    """
+
+    staging: Path  # a folder for uploads in progress
+
+    def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]: ...
+    def look(
+        self,
+        project: Project,
+        find_root: Callable[[], Look[Catalog]],
+        last: Look[Listing] | None,
+    ) -> Look[Listing]:
+        """List a project. What stayed as it was at the `last` look is kept from it."""
+
+    def names(self, catalog: Catalog) -> Iterator[Parsed]:
+        """Every distribution, without its facts."""
+
+    def everything(self, catalog: Catalog) -> Iterator[Distribution]:
+        """Every distribution, also a loose one whose name is taken in its folder."""
+
+    def open(
+        self, dist: Distribution, start: int, stop: int
+    ) -> BinaryIO | Iterator[bytes]:
+        """Read bytes [start, stop): an unbuffered file at `start`, or just these bytes.
+
+        Raises FileNotFoundError if the file is no longer as it was listed.
+        """
+
+    def create(
+        self, new: Addition, existing: Distribution | None, place: Place
+    ) -> None:
+        """Store a staged file at one stroke, in place of `existing` if there is one.
+
+        Raises FileExistsError if anything but `existing` has that name.
+        """
+
+    def delete(self, dist: Distribution) -> None:
+        """Remove it; raise FileExistsError if it is no longer as it was listed."""
+
+    def move_home(self, dist: Distribution) -> None:
+        """Move a loose file to its project's folder, which may have the same bytes."""
+
+
+class Index:
+    """What is known of a store, and the only way to change it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.open, self.names = store.open, store.names
+        self._root: Look[Catalog] | None = None
+        self._looks: BoundedCache[Look[Listing]] = BoundedCache(FILES_KEPT)
+        self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
+        self._root_lock = threading.Lock()
+        # By project, striped: who waits for one project seldom waits for another.
+        self._locks = [threading.Lock() for _ in range(64)]
 
     # Before a request...
 
     def pull(self, request: Request) -> None:
-        """List what the request will read, unless that was done within SYNC_SECONDS."""
-        now, sync = request.started, self._sync
-        project, filename = wanted(request)
-        if not request.route or not request.route.action:
-            return  # a redirect or a start page: nothing has to be current for these
+        """Put on a request what it reads: its project's listing, or the catalog."""
+        action = request.route.action if request.route else None
+        if not action:
+            return  # a redirect or a start page reads neither
+        project, filename = target_of(request)
         if project:
-            listing = self._listed(project, now - sync, now - ROOT_SECONDS * sync)
-            if project in self._root.catalog.loose:  # as fresh as the root, no fresher
-                listing = self._listed(project, now - sync, now - sync)
-            if not (filename in listing.by_name if filename else listing.distributions):
-                self._listed(project, now, now)  # never say no from memory
-        elif request.route.action == "update":
-            self._listed_root(now - ROOT_SECONDS * sync)
-        elif request.route.path == "/simple/":
-            self._listed_root(now - sync)
-
-    def _listed(self, project: Project, since: float, root_since: float) -> Listing:
-        """The listing of a project, no older than that; of those who wait, one asks."""
-        known = self._known.get(project)
-        young = known and known.at >= since and self._root.at >= root_since
-        if known and young and known.any_marker == self._marker(ANY):
-            return known.listing  # after one look at the disk, in nearly all cases
-        with self._locks.of(project), asking():
-            return self._list(project, since, root_since)
-
-    def _is_fresh(self, known: Known | Root, marker: str, since: float) -> bool:
-        return known.at >= since and known.marker == self._marker(marker)
-
-    def _marker(self, name: str) -> int:
-        return mtime_of(f"{self._changes}/{name}")
-
-    def _list(self, project: Project, since: float, root_since: float) -> Listing:
-        known = self._known.get(project)
-        any_marker = self._marker(ANY)  # before the others, which it stands for
-        at, marker = time.monotonic(), self._marker(project)
-        if known and self._is_fresh(known, project, since):
-            at, marker, objects = known.at, known.marker, known.objects
-            root = self._listed_root(root_since)
-        elif self._is_fresh(self._root, ".root", root_since):
-            root, objects = self._root, self._objects(project)
+            request.listing = self.listing(project, request.started, filename)
         else:
+            request.catalog = self.catalog(request.started, denies=action == "list")
+
+    def catalog(self, began: float, *, denies: bool = False) -> Catalog:
+        """The catalog for a request that began then; complete if it `denies`."""
+        return self._look_at_root(began, denies=denies).found
+
+    def listing(self, project: Project, began: float, filename: str = "") -> Listing:
+        """The listing of a project for a request that began then.
+
+        Those who wait for the same look share it.
+        """
+        look = self._looks.get(project)
+        if look and _serves(look, began, filename):
+            return look.found
+        with self._lock_of(project):
+            look = self._looks.get(project)
+            if look and _serves(look, began, filename):
+                return look.found
+            return self._look(project, began, look)
+
+    def look_again(self, project: Project) -> Listing:
+        """List a project now, whatever is known of it."""
+        with self._lock_of(project):
+            last = self._looks.get(project)
+            expired = last and last._replace(until=0.0)
+            return self._look(project, time.monotonic(), expired)
+
+    def _lock_of(self, project: Project) -> threading.Lock:
+        return self._locks[hash(project) % len(self._locks)]
+
+    def _look(
+        self, project: Project, began: float, last: Look[Listing] | None
+    ) -> Listing:
+        find_root = partial(self._root_for, project, began)
+        if self._root is None:  # a cold start: both lists of a bucket side by side
             from concurrent.futures import ThreadPoolExecutor
 
-            with ThreadPoolExecutor(1) as pool:  # side by side, for a cold start
-                pending = pool.submit(self._listed_root, root_since)
-                objects = self._objects(project)
-                root = pending.result()
-        loose = root.catalog.loose.get(project, [])
-        if known and (known.objects, known.loose) == (objects, loose):
-            listing = known.listing  # and the pages rendered from it
+            with ThreadPoolExecutor(1) as pool:
+                look = self.store.look(project, pool.submit(find_root).result, last)
         else:
-            listing = Listing(project, self._describe(project, [*objects, *loose]))
-        known = Known(at, marker, any_marker, objects, loose, listing)
-        self._known.keep(project, known, 1 + len(listing.distributions))
-        return listing
+            root = find_root()
+            if project not in root.found.places:  # denied without a look of its own
+                return Listing(project, ())
+            look = self.store.look(project, lambda: root, last)
+        self._looks.keep(project, look, 1 + len(look.found.dists))
+        return look.found
 
-    def _objects(self, project: Project) -> list[Object]:
-        return self.bucket.list(f"{self.prefix}{project}/")[0]
+    def _root_for(self, project: Project, began: float) -> Look[Catalog]:
+        """The look at the root that a project's page takes.
 
-    def _listed_root(self, since: float) -> Root:
-        with self._root_lock, asking():
-            if self._is_fresh(self._root, ".root", since):
-                return self._root
-            at, marker = time.monotonic(), self._marker(".root")
-            objects, prefixes = self.bucket.list(self.prefix, delimiter="/")
-            loose: dict[Project, list[Object]] = {}
-            for found in objects:
-                if parsed := parse_filename(distribution_of(_base(found.name))):
-                    loose.setdefault(parsed.project, []).append(found)
-            names = (_base(prefix[:-1]) for prefix in prefixes)
-            # A folder by another spelling of a project's name is not looked into.
-            folders = {
-                Project(name): name for name in names if to_project(name) == name
-            }
-            catalog = Catalog(folders, loose)
-            if catalog.projects == self._root.catalog.projects:
-                catalog.answers = self._root.catalog.answers  # the rendered pages
-            self._root = Root(at, marker, catalog)
-            return self._root
+        To deny a project, or to list loose files, it has to be as current as the page.
+        """
+        root = self._look_at_root(began)
+        place = root.found.places.get(project)
+        if (not place or place.loose) and began >= root.sure:
+            root = self._look_at_root(began, denies=True)
+        return root
 
-    def _describe(
-        self, project: Project, objects: Iterable[Object]
-    ) -> Iterator[Distribution]:
-        """Distributions in a listing; of two with one name, the one in the folder."""
-        names = {found.name for found in objects}
-        seen: set[str] = set()
-        for found in objects:
-            parsed = parse_filename(_base(found.name), project)
-            if parsed and parsed.project == project and parsed.filename not in seen:
-                seen.add(parsed.filename)
-                yield Distribution(
-                    *parsed,
-                    size=found.size,
-                    uploaded=found.created,
-                    facts=_stated_facts(found.metadata),
-                    yanked=found.metadata.get("yanked"),
-                    signed=found.name + ".asc" in names,
-                    path=found.name,
-                    stamp=(found.generation, found.metageneration),
-                    md5=found.md5,
-                )
+    def _look_at_root(self, began: float, *, denies: bool = False) -> Look[Catalog]:
+        root = self._root
+        if root and is_current(root, began, denies=denies):
+            return root
+        with self._root_lock:
+            last = self._root
+            if last and is_current(last, began, denies=denies):
+                return last
+            root = self.store.look_at_root(last)
+            if last and last.found.projects == root.found.projects:
+                root.found.answers = last.found.answers  # the rendered pages
+            self._root = root
+            return root
 
     # What handlers read...
 
-    def catalog(self) -> Catalog:
-        return self._listed_root(NEVER).catalog
-
-    def listing(self, project: Project) -> Listing:
-        """What `pull` has just made current; without what this request pushed."""
-        known = self._known.get(project)
-        return known.listing if known else self._listed(project, NEVER, NEVER)
-
-    def current(self, project: Project) -> Listing:
-        now = time.monotonic()
-        return self._listed(project, now, now)
-
-    def find(self, project: Project, filename: str) -> Distribution | None:
-        return self.listing(project).by_name.get(filename)
-
-    def everything(self) -> Iterator[Parsed]:
-        with asking():
-            objects, _ = self.bucket.list(self.prefix)
-        for found in objects:
-            *folder, name = found.name[len(self.prefix) :].split("/")
-            parsed = parse_filename(name, *folder[:1])
-            if parsed and folder in ([], [parsed.project]):
-                yield parsed
-
-    def content(
-        self, found: Distribution, start: int, stop: int
-    ) -> BinaryIO | Iterator[bytes]:
-        """Bytes out of the cache; else of the bucket, and kept if they are all."""
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(self._cached(found))  # the least recently used go first
-            return open_at(self._cached(found), start)
-        chunks = self._read(found, start, stop)
-        useful = found.size <= self._cache_bytes or not found.facts.sha256
-        whole = stop - start == found.size
-        return self._keep(found, chunks) if whole and useful else chunks
-
-    def _cached(self, found: Distribution, suffix: str = "") -> Path:
-        # The generation is in the name: what was replaced elsewhere is never found.
-        return self._cache / f"{found.stamp[0]}-{found.filename}{suffix}"
-
-    def _read(self, found: Distribution, start: int, stop: int) -> Iterator[bytes]:
-        if not found.size:  # no Range can say "nothing"
-            return iter(())
-        end = None if stop == found.size else stop  # whole: then its md5 is compared
-        generation = found.stamp[0]
-        with asking():
-            try:
-                return self.bucket.read(
-                    found.path, generation=generation, start=start, stop=end
-                )
-            except FileNotFoundError:
-                self._touch(found.project)  # list again: it was replaced or removed
-                raise changed_meanwhile(found) from None
-
-    def _keep(self, found: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass chunks on while they are written; the cache has them when all have come.
-
-        The bucket's checksum is compared before the last chunk is passed on, so neither
-        a client nor the cache ever has a damaged file that looks whole.
-        """
-        file = open_staged(self.staging)
-        try:
-            with file:
-                for chunk in chunks:
-                    write_all(file, chunk)
-                    yield chunk
-            if not found.facts.sha256:
-                self._learn(found, file.name)
-            self._cache_file(found, Path(file.name))
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-    def _cache_file(self, found: Distribution, source: Path, suffix: str = "") -> None:
-        """Move a file into the cache, and the least recently used out of it."""
-        if source.stat().st_size > self._cache_bytes:
-            return
-        os.replace(source, self._cached(found, suffix))
-        with contextlib.suppress(FileNotFoundError):  # another worker does the same
-            states = [(e.stat(), e.path) for e in os.scandir(self._cache)]
-            excess = sum(state.st_size for state, _ in states) - self._cache_bytes
-            for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
-                if excess > 0:
-                    os.unlink(path)
-                    excess -= state.st_size
-
-    def _learn(self, found: Distribution, path: str) -> None:
-        """Write the facts of an object that was copied in by hand to its metadata."""
-        generation, metageneration = found.stamp
-        try:
-            with open(path, "rb") as file:
-                facts = read_facts(file, found.filename, found.size)
-            self.bucket.patch(
-                found.path,
-                object_metadata(facts),
-                generation=generation,
-                metageneration=metageneration,
-            )
-        except OSError as fault:  # the file is served all the same; its facts can wait
-            log.warning("the facts of %s were not written: %s", found.path, fault)
-        self._touch(found.project)
-
-    def core_metadata(self, found: Distribution) -> bytes:
-        """From the cache; else out of the wheel's tail: one ranged read, rarely two."""
-        path = self._cached(found, ".metadata")
-        with contextlib.suppress(FileNotFoundError):
-            return path.read_bytes()
-        source: Any = Ranged(found.size, partial(self._read, found))
-        with contextlib.suppress(FileNotFoundError):
-            source = open(self._cached(found), "rb")  # noqa: SIM115 - closed below
-        with source, asking():
-            text = read_core_metadata(source, found.filename, found.size).text
-        staged = write_staged(self.staging, [text])
-        self._cache_file(found, staged, ".metadata")
-        staged.unlink(missing_ok=True)  # the cache did not want it
+    def core_metadata(self, dist: Distribution) -> bytes:
+        """METADATA of a wheel, out of its tail: one ranged read, rarely two."""
+        digest = dist.facts.core_metadata
+        text = self._metadata.get(digest)
+        if text is None:
+            with RangedFile(dist.size, partial(self._read, dist)) as source:
+                file: Any = source  # it has what the parsers need: read, seek, tell
+                text = read_core_metadata(file, dist.filename, dist.size).text
+            self._metadata.keep(digest, text, 500 + len(text))
         return text
 
-    def signature(self, found: Distribution) -> bytes:
-        with asking():
-            there = self.bucket.get(f"{found.path}.asc")
-            return b"".join(self.bucket.read(there.name, generation=there.generation))
-
-    # What handlers change, which is nothing until it is pushed...
-
-    def add(self, new: Addition) -> bool:
-        return True
-
-    def remove(self, found: Distribution) -> None:
-        return None
+    def _read(self, dist: Distribution, start: int, stop: int) -> bytes:
+        body = self.open(dist, start, stop)
+        chunks = slice_of(body, stop - start) if isinstance(body, io.IOBase) else body
+        return b"".join(chunks)
 
     # After a request...
 
     def push(self, request: Request, response: Response) -> Response | None:
-        """Commit what a request changed to the bucket, before it is answered."""
+        """Commit the changes that a response proposes, and answer what was done."""
+        if not response.changes:
+            return None
+        done: list[Addition | Removal] = []
         for change in response.changes:
             if isinstance(change, Removal):
-                with asking():
-                    self._delete(change.distribution)
-            elif not self._insert(request, change):
-                response = text_response(
-                    200, f"OK: {change.filename} was here already."
-                )
-        return response
+                dist = change.distribution
+                self._remove(dist)
+                outcome = f"{dist.project} {dist.version} is removed."
+            elif self._add(request, change):
+                outcome = f"{change.filename} is stored."
+            else:
+                outcome = f"{change.filename} was here already."
+                continue
+            done.append(change)
+        return replace(text_response(200, f"OK: {outcome}"), changes=tuple(done))
 
-    def _insert(self, request: Request, new: Addition) -> bool:
+    def _add(self, request: Request, new: Addition) -> bool:
         """Store a distribution; False if the same bytes are there already."""
-        name = f"{self.prefix}{new.project}/{new.filename}"
-        with asking():
+        existing: Distribution | None = None
+        place = request.catalog.places.get(new.project, Place())
+        for _ in range(TRIES):
             try:
-                changed, replaced = self._replace(new, name)
+                self.store.create(new, existing, place)
+                return True
             except FileExistsError:
-                raise already_exists(request, new.filename) from None
-            self._sign(f"{name}.asc", new.signature, anew=changed and replaced)
-        is_new = new.project not in self._root.catalog.folders
-        self._touch(new.project, root=is_new or replaced)
-        return changed
+                existing = self.look_again(new.project).by_name.get(new.filename)
+            if existing and _is_same(existing, new):
+                return False
+            if existing and not new.overwrite:
+                break
+            catalog = self.catalog(time.monotonic(), denies=True)
+            place = catalog.places.get(new.project, Place())
+        raise already_exists(request, new.filename)
 
-    def _replace(self, new: Addition, name: str) -> tuple[bool, bool]:
-        """Did the bucket change, and was something in the way?"""
-        there = self._loose_object(new)
-        if not there:
-            try:
-                self._store(new, name, 0)
-                return True, False
-            except FileExistsError:
-                there = self.bucket.get(name)
-        if _is_same(there, new):
-            return False, True
-        if not new.overwrite:
-            raise FileExistsError(name)
-        self._store(new, name, there.generation if there.name == name else 0)
-        if there.name != name:
-            self.bucket.delete(there.name, generation=there.generation)
-        return True, True
-
-    def _loose_object(self, new: Addition) -> Object | None:
-        loose = self._root.catalog.loose.get(new.project, ())
-        return next((o for o in loose if _base(o.name) == new.filename), None)
-
-    def _store(self, new: Addition, name: str, if_generation: int) -> None:
-        metadata = object_metadata(new.facts, new.uploader)
-        with open(new.source, "rb") as file:
-            stored = self.bucket.insert(
-                name, file, metadata=metadata, if_generation=if_generation
-            )
-        self._cache_file(next(self._describe(new.project, [stored])), new.source)
-
-    def _sign(self, name: str, signature: bytes, *, anew: bool) -> None:
-        """Store a signature; when the bytes are others, in place of the last one."""
-        generation = 0
-        if anew:
-            with contextlib.suppress(FileNotFoundError):
-                generation = self.bucket.get(name).generation
-        if signature:
-            source = io.BytesIO(signature)
-            with contextlib.suppress(FileExistsError):  # signed before
-                self.bucket.insert(name, source, metadata={}, if_generation=generation)
-        elif generation:
-            self.bucket.delete(name, generation=generation)
-
-    def _delete(self, found: Distribution) -> None:
+    def _remove(self, dist: Distribution) -> None:
         try:
-            self.bucket.delete(found.path, generation=found.stamp[0])
-            if found.signed:
-                signature = self.bucket.get(f"{found.path}.asc")
-                self.bucket.delete(signature.name, generation=signature.generation)
+            self.store.delete(dist)
         except FileNotFoundError:
-            pass  # somebody else was quicker
+            log.info("%s was removed by somebody else", dist.filename)
         except FileExistsError:
-            raise changed_meanwhile(found) from None
-        finally:
-            self._touch(found.project)
-
-    def _touch(self, project: Project, *, root: bool = True) -> None:
-        """Tell all workers of this instance to list a project again, and the root."""
-        for name in (project, ".root", ANY) if root else (project, ANY):
-            (self._changes / name).touch()
-            os.utime(self._changes / name, ns=(time.time_ns(),) * 2)
+            raise changed_meanwhile(dist) from None
 
     def tidy(self, *, dry_run: bool) -> Iterator[str]:
-        """Give each object its facts, and loose ones their folder; say what is done."""
-        with asking():
-            objects = {there.name: there for there in self.bucket.list(self.prefix)[0]}
-        for name, there in sorted(objects.items()):
-            folder, base = name[len(self.prefix) : -len(_base(name))], _base(name)
-            parsed = parse_filename(distribution_of(base), folder.rstrip("/"))
-            if not parsed or folder not in ("", f"{parsed.project}/"):
-                continue
-            if base == parsed.filename and not there.metadata.get("sha256"):
-                yield f"facts of {name}"
+        """Compute missing facts, move loose files home, and say what is done."""
+        catalog = self.catalog(time.monotonic(), denies=True)
+        dists = list(self.store.everything(catalog))
+        at_home = {dist.filename: dist for dist in dists if not dist.loose}
+        for dist in dists:
+            if not dist.facts.sha256:  # a bucket's, which reading computes and stores
+                yield f"facts of {dist.filename}"
                 if not dry_run:
-                    self._fetch(next(self._describe(parsed.project, [there])))
-                    there = self.bucket.get(name)
-            if not folder:
-                home = f"{self.prefix}{parsed.project}/{base}"
-                yield from self._move(there, home, objects.get(home), dry_run=dry_run)
+                    self._read_through(dist)
+            if not dist.loose:
+                continue
+            existing, home = at_home.get(dist.filename), f"{dist.project}/"
+            if existing and not _have_same_bytes(existing, dist):
+                yield f"{dist.filename} stays: other bytes are in {home}"
+                continue
+            yield f"{dist.filename} -> {home}{dist.filename}"
+            if not dry_run:
+                self.store.move_home(dist)
 
-    def _fetch(self, found: Distribution) -> None:
-        for _ in self._keep(found, self._read(found, 0, found.size)):
-            pass  # on its way into the cache it is learned from
-
-    def _move(
-        self, there: Object, home: str, other: Object | None, *, dry_run: bool
-    ) -> Iterator[str]:
-        if other and not _have_same_bytes(there, other):
-            yield f"{there.name} stays: other bytes are at {home}"
-            return
-        yield f"{there.name} -> {home}"
-        if not dry_run:
-            if not other:  # else it was interrupted last time
-                self.bucket.rewrite(there.name, home, generation=there.generation)
-            self.bucket.delete(there.name, generation=there.generation)
-            self._touch(Project(_base(home.rpartition("/")[0])))
+    def _read_through(self, dist: Distribution) -> None:
+        for _ in self.open(dist, 0, dist.size):
+            pass
 
 
-@contextlib.contextmanager
-def asking() -> Iterator[None]:
-    """Turn what the bucket's driver raises into an answer."""
-    try:
-        yield
-    except OSError as fault:
-        log.error("the bucket cannot be asked: %s", fault)
-        why = "The bucket cannot be reached now. Try again."
-        raise HTTPError(503, why, Retry_After="5") from fault
+def _serves(look: Look[Listing], began: float, filename: str) -> bool:
+    """May a listing be shown, or say that a file or the whole project is not there?"""
+    there = filename in look.found.by_name if filename else look.found.dists
+    return is_current(look, began, denies=not there)
 
 
-def changed_meanwhile(found: Distribution) -> HTTPError:
-    why = f"{found.filename} changed in the bucket at this moment. Try again."
+def changed_meanwhile(dist: Distribution) -> HTTPError:
+    why = f"{dist.filename} changed at this moment. Try again."
     return HTTPError(503, why, Retry_After="1")
 
 
-METADATA_KEYS = ("sha256", "requires-python", "core-metadata")  # Facts, in their order
-
-
-def object_metadata(facts: Facts, uploader: str = "") -> dict[str, str]:
-    """Facts as the custom metadata of an object: the README names the keys."""
-    found = dict(zip((*METADATA_KEYS, "uploader"), (*facts, uploader), strict=True))
-    return {key: value for key, value in found.items() if value}
-
-
-def _stated_facts(metadata: Mapping[str, str]) -> Facts:
-    """Facts out of custom metadata, which anybody may have written there by hand."""
-    sha256, requires_python, core_metadata = (
-        metadata.get(key, "") for key in METADATA_KEYS
-    )
-    hexes = re.compile(r"[0-9a-f]{64}")
-    return Facts(
-        sha256 if hexes.fullmatch(sha256) else "",
-        requires_python,
-        core_metadata if hexes.fullmatch(core_metadata) else "",
-    )
-
-
-def _is_same(there: Object, new: Addition) -> bool:
-    if sha256 := there.metadata.get("sha256"):
-        return bool(sha256 == new.facts.sha256)
+def _is_same(existing: Distribution, new: Addition) -> bool:
+    if existing.facts.sha256:
+        return existing.facts.sha256 == new.facts.sha256
     with open(new.source, "rb") as file:
-        return bool(there.md5 == hashlib.file_digest(file, "md5").hexdigest())
+        return existing.md5 == hashlib.file_digest(file, "md5").hexdigest()
 
 
-def _have_same_bytes(one: Object, other: Object) -> bool:
-    known = [(o.metadata.get("sha256"), o.md5) for o in (one, other)]
-    return one.size == other.size and any(
-        a and a == b for a, b in zip(*known, strict=True)
-    )
+def _have_same_bytes(one: Distribution, other: Distribution) -> bool:
+    digests = ((one.facts.sha256, other.facts.sha256), (one.md5, other.md5))
+    return one.size == other.size and any(a and a == b for a, b in digests)
 
 
-def _base(name: str) -> str:
-    return name.rpartition("/")[2]
+def same_or_new(
+    project: Project, dists: list[Distribution], last: Look[Listing] | None
+) -> Listing:
+    """The last listing, with its rendered pages, if it has just these distributions."""
+    if last and last.found.dists == dists:
+        return last.found
+    return Listing(project, dists)
 
 
-class Ranged(io.RawIOBase):
+class RangedFile(io.RawIOBase):
     """A file read in ranges, its tail first: enough for zipfile to find a member."""
 
-    def __init__(self, size: int, fetch: Callable[[int, int], Iterable[bytes]]) -> None:
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
         self._size, self._fetch = size, fetch
         self._at, self._start, self._window = 0, size, b""
 
@@ -1939,142 +1392,658 @@ class Ranged(io.RawIOBase):
         if not self._start <= self._at <= stop <= self._start + len(self._window):
             self._start = min(self._at, max(0, self._size - TAIL))
             end = min(max(stop, self._start + TAIL), self._size)
-            self._window = b"".join(self._fetch(self._start, end))
+            self._window = self._fetch(self._start, end)
         data = self._window[self._at - self._start : stop - self._start]
         self._at += len(data)
         return data
 
 
-class Stored(NamedTuple):
-    """An object of a Folder."""
-
-    name: str
-    size: int
-    generation: int
-    created: float
-    metadata: Mapping[str, str]
-    metageneration: int = 1
-    md5: str = ""
-
-
-class Folder:
-    """A plain directory that stands for a bucket: development, network disks, tests.
-
-    Its facts are those of a Directory, so it needs no place for metadata, and its
-    generations are mtimes.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._files = Directory(root)
-        self._lock = threading.Lock()
-
-    def list(self, prefix: str, *, delimiter: str = "") -> Listed:
-        if prefix:
-            return self._objects(prefix), []
-        spellings = self._files.catalog().folders.values()
-        folders = [f"{name}/" for names in spellings for name in names]
-        if delimiter:
-            return self._objects(""), folders
-        return [o for folder in ("", *folders) for o in self._objects(folder)], []
-
-    def _objects(self, folder: str) -> Objects:
-        by_project: dict[Project, dict[str, tuple[int, int, int]]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for name in sorted(os.listdir(self._files.root / folder)):
-                parsed = parse_filename(distribution_of(name), folder.rstrip("/"))
-                stamp = stamp_of(self._files.root / folder / name)
-                if parsed and stamp and not name.endswith(".metadata"):
-                    path = str(self._files.root / folder / name)
-                    by_project.setdefault(parsed.project, {})[path] = stamp
-        found: Objects = []
-        for project, stamps in by_project.items():
-            facts = self._files.facts_of(project, stamps, time.time_ns())
-            found += (
-                self._object(folder, path, stamps, facts)
-                for path in stamps
-                if not path.endswith(".yanked")
-            )
-        return found
-
-    def _object(
-        self, folder: str, path: str, stamps: Stamps, known: FactsByKey
-    ) -> Stored:
-        name, (size, mtime, _) = os.path.basename(path), stamps[path]
-        facts = known.get((name, *stamps[path]))
-        metadata = object_metadata(facts) if facts else {}
-        if f"{path}.yanked" in stamps:
-            metadata["yanked"] = _read_yank(path)
-        return Stored(folder + name, size, mtime, mtime / 1e9, metadata)
-
-    def get(self, name: str) -> Object:
-        for found in self._objects(name[: -len(_base(name))]):
-            if found.name == name:
-                return found
-        raise FileNotFoundError(name)
-
-    def _check(self, name: str, generation: int) -> Path:
-        there = self.get(name)
-        if generation and there.generation != generation:
-            raise FileExistsError(f"{name} has generation {there.generation} by now")
-        return self._files.root / name
-
-    def read(
-        self, name: str, *, generation: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[bytes]:
-        file = open_at(self._check(name, generation), start)
-        return slice_of(file, (sys.maxsize if stop is None else stop) - start)
-
-    def insert(
-        self, name: str, source: Any, *, metadata: Mapping[str, str], if_generation: int
-    ) -> Object:
-        source.seek(0)
-        staged = write_staged(
-            self._files.staging, iter(partial(source.read, CHUNK), b"")
-        )
-        try:
-            with self._lock:
-                if if_generation:
-                    self._check(name, if_generation)
-                target = self._files.root / name
-                give_name(staged, target, overwrite=bool(if_generation))
-                return self.get(name)
-        finally:
-            staged.unlink(missing_ok=True)
-
-    def patch(
-        self, name: str, metadata: Any, *, generation: int, metageneration: int
-    ) -> Object:
-        return self.get(name)  # its facts are those of its bytes: nothing to write
-
-    def delete(self, name: str, *, generation: int) -> None:
-        with self._lock:
-            self._check(name, generation).unlink()
-
-    def rewrite(self, name: str, to: str, *, generation: int) -> Object:
-        with open(self._check(name, generation), "rb") as file:
-            return self.insert(to, file, metadata={}, if_generation=0)
-
-
-def slice_of(file: Any, length: int) -> Iterator[bytes]:
+def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
     with file:
         while length > 0 and (chunk := file.read(min(CHUNK, length))):
             length -= len(chunk)
             yield chunk
 
 
-# ---- 10. Pages -----------------------------------------------------------------------
+# ---- 9. A directory ------------------------------------------------------------------
+#     <root>/<project>/<filename>   what uploads make
+#     <root>/<filename>             loose files: listed and served, never written
+#     <root>/.pypi_ae/              uploads in progress, and facts; may be deleted
+# A look is believed while the times of the root and of the project's folders stay as
+# they were, for a second or, if the look was slow, ten times as long as it took. Facts
+# are computed once per file and kept as JSON lines, keyed by name, size, mtime and
+# inode: neither another start nor another worker hashes again.
+
+LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
+LOOK_SHARE = 0.1  # at most 10 % of the time is spent on scanning
+LOOK_MOST = 30.0  # seconds; a look may have been slow for other reasons
+ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its process
+
+FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
+
+
+class Entry(NamedTuple):
+    """A file of a project's folders, or a loose one; perhaps a sidecar."""
+
+    name: str
+    path: str
+    state: State
+
+
+class NewFolders(NamedTuple):
+    """Folders that this process made, and the marks of the root around that."""
+
+    before: Mark
+    after: Mark
+    projects: frozenset[Project]
+
+
+class Directory:
+    """Distributions in a local directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        make_folder(self.root)
+        self.staging = self.root / ".pypi_ae" / "staging"
+        self._facts = FactsFiles(self.root / ".pypi_ae" / "facts")
+        self._new: NewFolders | None = None
+
+    # Looking...
+
+    def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]:
+        now, began, root = time.time_ns(), time.monotonic(), str(self.root)
+        marks = read_marks([root])
+        new = self._new
+        between = (last.marks[root], marks[root]) if last else ()
+        self._new = None
+        if last and new and began < last.until and between == new[:2]:
+            # Nothing but our own folders is new. A file that somebody else dropped in
+            # at the same moment shows a second later.
+            added = {project: Place((project,)) for project in new.projects}
+            until = min(last.until, began + LOOK_SECONDS)
+            return Look(Catalog({**last.found.places, **added}), marks, until, until)
+        catalog = self._scan_root()
+        until = float("inf") if _is_settled(marks[root][0], now) else 0.0
+        return Look(catalog, marks, until, until)
+
+    def _scan_root(self) -> Catalog:
+        places: dict[Project, Place] = {}
+        loose: dict[Project, dict[str, None]] = {}
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    if project := to_project(entry.name):
+                        others = places[project].folders if project in places else ()
+                        places[project] = Place((*others, entry.name))
+                elif parsed := parse_filename(distribution_of(entry.name)):
+                    loose.setdefault(parsed.project, {})[entry.name] = None
+        for project, names in loose.items():
+            folders = places[project].folders if project in places else ()
+            places[project] = Place(folders, names)
+        return Catalog(places)
+
+    def look(
+        self,
+        project: Project,
+        find_root: Callable[[], Look[Catalog]],
+        last: Look[Listing] | None,
+    ) -> Look[Listing]:
+        root, now, began = find_root(), time.time_ns(), time.monotonic()
+        place = root.found.places.get(project, Place())
+        folders = self._folders(project, place)
+        # Marks are read before names: what changes meanwhile shows at the next look.
+        own = read_marks(folders)
+        marks = {**root.marks, **own}
+        believed = last if last and began < last.until else None
+        if (
+            believed
+            and believed.place == place
+            and own.items() <= believed.marks.items()
+        ):
+            return believed._replace(marks=marks)  # only other projects changed
+        entries: dict[str, Entry] = {}
+        for entry in self._entries(folders, place):  # of one name, the first folder's
+            entries.setdefault(entry.name, entry)
+        dists = list(self._describe(project, entries.values(), last, now))
+        times = [mark[0] for mark in marks.values()]
+        times += [entry.state[1] for entry in entries.values()]
+        until = (
+            _trusted_until(began) if all(_is_settled(t, now) for t in times) else 0.0
+        )
+        return Look(same_or_new(project, dists, last), marks, until, until, place)
+
+    def _folders(self, project: Project, place: Place) -> list[str]:
+        """The project's folder, and others whose name is a spelling of it."""
+        names = dict.fromkeys((project, *sorted(place.folders)))
+        return [str(self.root / name) for name in names]
+
+    def _entries(self, folders: Iterable[str], place: Place) -> Iterator[Entry]:
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                with os.scandir(folder) as files:
+                    paths = [(file.name, file.path) for file in files]
+                yield from _stat_all(paths)
+        yield from _stat_all((n, os.path.join(self.root, n)) for n in place.loose)
+
+    def _describe(
+        self,
+        project: Project,
+        entries: Iterable[Entry],
+        last: Look[Listing] | None,
+        now: int,
+    ) -> Iterator[Distribution]:
+        """Distributions of files: first those that are as they were, in their order."""
+        files = {entry.path: entry for entry in entries}
+        yanked = {
+            path.removesuffix(".yanked"): _read_yank(path)
+            for path in files
+            if path.endswith(".yanked")
+        }
+        for dist in last.found.dists if last else ():
+            if dist.path in files and files[dist.path].state == dist.state:
+                del files[dist.path]
+                reason = yanked.get(dist.path)
+                same = reason == dist.yanked
+                yield dist if same else replace(dist, yanked=reason, lines={})
+        others = [(e, p) for e in files.values() if (p := _parse_entry(e, project))]
+        kept = self._facts.read(project, anew=last is None) if others else {}
+        for entry, parsed in others:
+            facts = kept.get((entry.name, *entry.state))
+            settled = facts or _is_settled(entry.state[1], now)
+            facts = facts or self._compute_facts(project, entry, keep=bool(settled))
+            if not facts:
+                continue
+            yield Distribution(
+                *parsed,
+                size=entry.state[0],
+                uploaded=entry.state[1] / 1e9,
+                facts=facts,
+                yanked=yanked.get(entry.path),
+                path=entry.path,
+                # Within a tick of the clock it may be rewritten and keep its state:
+                # with one number more it is described anew at the next look.
+                state=entry.state if settled else (*entry.state, now),
+                loose=os.path.dirname(entry.path) == str(self.root),
+            )
+
+    def _compute_facts(
+        self, project: Project, entry: Entry, *, keep: bool
+    ) -> Facts | None:
+        """Read a file for its facts; None if it goes or changes while it is read."""
+        try:
+            with open(entry.path, "rb") as file:
+                facts = read_facts(file, entry.name, entry.state[0])
+            if file_state(entry.path) != entry.state:
+                return None
+        except OSError as fault:
+            log.warning("%s is not listed, as it cannot be read: %s", entry.path, fault)
+            return None
+        if keep:
+            self._facts.add(project, (entry.name, *entry.state), facts)
+        return facts
+
+    def names(self, catalog: Catalog) -> Iterator[Parsed]:
+        for project in catalog.projects:
+            place = catalog.places[project]
+            names = set(place.loose)
+            for folder in self._folders(project, place):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    names.update(os.listdir(folder))
+            files = (parse_filename(n, project) for n in names)
+            yield from sorted(p for p in files if p and p.project == project)
+
+    def everything(self, catalog: Catalog) -> Iterator[Distribution]:
+        for project in catalog.projects:
+            place, now = catalog.places[project], time.time_ns()
+            entries = self._entries(self._folders(project, place), place)
+            yield from self._describe(project, list(entries), None, now)
+
+    # Reading...
+
+    def open(self, dist: Distribution, start: int, stop: int) -> BinaryIO:
+        file = open_at(dist.path, start)
+        if file_state(file.fileno()) != dist.state[:3]:
+            file.close()
+            raise FileNotFoundError(f"{dist.path} was rewritten")
+        return file
+
+    # Changing...
+
+    def create(
+        self, new: Addition, existing: Distribution | None, place: Place
+    ) -> None:
+        home, root = self.root / new.project / new.filename, str(self.root)
+        old = existing.path if existing else ""
+        for folder in (root, *self._folders(new.project, place)[1:]):
+            path = os.path.join(folder, new.filename)
+            if path != old and os.path.exists(path):
+                raise FileExistsError(f"{path} is there")
+        before = read_mark(root)
+        with contextlib.suppress(FileExistsError):
+            home.parent.mkdir()
+            self._note_folder(new.project, before, read_mark(root))
+        key = (new.filename, *(file_state(new.source) or ()))
+        place_file(new.source, home, overwrite=old == str(home))
+        self._facts.add(new.project, key, new.facts)
+        if existing and old != str(home):
+            self.delete(existing)
+
+    def _note_folder(self, project: Project, before: Mark, after: Mark) -> None:
+        """Note a folder that was made, unless something else came at that moment."""
+        if after[1] != before[1] + 1:
+            return
+        projects, last = frozenset({project}), self._new
+        if last and last.after == before:
+            before, projects = last.before, last.projects | projects
+        self._new = NewFolders(before, after, projects)
+
+    def delete(self, dist: Distribution) -> None:
+        os.unlink(dist.path)
+        Path(f"{dist.path}.yanked").unlink(missing_ok=True)
+        if not dist.loose:
+            with contextlib.suppress(OSError):  # it holds something else, and stays
+                os.rmdir(os.path.dirname(dist.path))
+
+    def move_home(self, dist: Distribution) -> None:
+        home = self.root / dist.project / dist.filename
+        with contextlib.suppress(FileExistsError):  # with the same bytes
+            place_file(Path(dist.path), home, overwrite=False)
+        if dist.yanked is not None:
+            os.replace(f"{dist.path}.yanked", f"{home}.yanked")
+        os.unlink(dist.path)
+
+
+class FactsFiles:
+    """Facts of a directory's files: for each project a file of JSON lines."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read_up_to: dict[Project, int] = {}
+
+    def read(self, project: Project, *, anew: bool) -> dict[FactsKey, Facts]:
+        """Read all facts of a project, or those that came since they were last read."""
+        start = 0 if anew else self._read_up_to.get(project, 0)
+        facts: dict[FactsKey, Facts] = {}
+        try:
+            with open(self._folder / f"{project}.jsonl", "rb") as file:
+                file.seek(start)
+                lines = file.read()
+        except OSError:  # there is none, or it cannot be read: they are computed again
+            return facts
+        self._read_up_to[project] = start + len(lines)
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # torn by a crash
+                name, size, mtime, inode, *rest = json.loads(line)
+                facts[name, size, mtime, inode] = Facts(*rest)
+        return facts
+
+    def add(self, project: Project, key: FactsKey, facts: Facts) -> None:
+        line = json.dumps([*key, *facts]) + "\n"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / f"{project}.jsonl", "ab", buffering=0) as file:
+                file.write(line.encode())  # one write: lines of two workers do not mix
+        except OSError as fault:  # a read-only directory is served all the same
+            log.warning("facts are not kept, so a restart hashes again: %s", fault)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, say
+        return False
+
+
+def _stat_all(paths: Iterable[tuple[str, str]]) -> Iterator[Entry]:
+    for name, path in paths:
+        if state := file_state(path):
+            yield Entry(name, path, state)
+
+
+def _parse_entry(entry: Entry, project: Project) -> Parsed | None:
+    parsed = parse_filename(entry.name, project)
+    return parsed if parsed and parsed.project == project else None
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        why = f"{str(path)!r} cannot be made a directory: {fault.strerror}"
+        raise SettingsError(f"{why}. Set LOCAL_PACKAGE_DIRECTORY (DIR).") from fault
+
+
+def _trusted_until(began: float) -> float:
+    """Until when to believe a look that began then and ends now."""
+    ended = time.monotonic()
+    return ended + min(max(LOOK_SECONDS, (ended - began) / LOOK_SHARE), LOOK_MOST)
+
+
+def _is_settled(mtime: int, now: int) -> bool:
+    """Would a change after `now` show in this mtime (both in nanoseconds)?
+
+    Linux stamps in ticks of at most 10 ms, FAT and some network file systems in full
+    seconds. A second change within one tick does not change the mtime. A time that is
+    still to come was set by hand, or by another clock.
+    """
+    tick = 20_000_000 if mtime % 1_000_000_000 else 2_000_000_000
+    return mtime < now - tick or mtime > time.time_ns() + tick
+
+
+def _read_yank(path: str) -> str:
+    """The reason of a yank: the text of <file>.yanked, 1,000 letters at most."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return " ".join(file.read(1000).split())
+    except OSError:  # whatever it is, it says that the file is yanked
+        return ""
+
+
+def open_at(path: Path | str, start: int) -> BinaryIO:
+    """Open a file at a byte of it; whoever gets it closes it."""
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - unbuffered, for a socket
+    if start:
+        file.seek(start)
+    return file
+
+
+def open_staged(folder: Path) -> BinaryIO:
+    """Open a new file for an upload in progress; remove what dead uploads left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # another worker removed it
+            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+                os.unlink(entry.path)
+    return open(folder / os.urandom(16).hex(), "xb", buffering=0)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:  # an unbuffered file may write less than it is given
+        view = view[file.write(view) :]
+
+
+def place_file(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Give a staged file its name, atomically; FileExistsError if that is taken."""
+    place_it = os.replace if overwrite else os.link
+    try:
+        place_it(source, target)
+    except FileNotFoundError:  # its folder was empty, and was removed just now
+        target.parent.mkdir(exist_ok=True)
+        place_it(source, target)
+    if os.name == "posix":  # the name has to outlive a power cut, like the bytes
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+# ---- 10. A bucket --------------------------------------------------------------------
+#     <prefix>/<project>/<filename>   what uploads make; facts are custom metadata
+#     <prefix>/<filename>             loose objects: listed and served, never written
+# A listing is believed for SYNC_SECONDS. What one worker changes shows in all workers
+# of its instance at once: it touches files whose times are the marks of every look. A
+# precondition (a generation) decides between writers. Objects that are read or written
+# whole are cached on the local disk.
+
+ROOT_SECONDS = 60  # times SYNC_SECONDS: to a project's page it only adds loose files
+MARKERS = 256  # files that are touched; projects share them, which costs a list at most
+METADATA_KEYS = ("sha256", "requires-python", "core-metadata")  # Facts, in their order
+
+
+class Cloud:
+    """Distributions in a Cloud Storage bucket."""
+
+    def __init__(self, bucket: Bucket, settings: Settings) -> None:
+        prefix = settings.remote.strip("/") + "/"  # "/" is the root of the bucket
+        self.bucket, self._prefix = bucket, prefix.lstrip("/")
+        own = settings.root.absolute() / ".pypi_ae"
+        self.staging, self._changes = own / "staging", own / "changes"
+        make_folder(self._changes)
+        self._cache = FileCache(own / "cache", settings.cache_bytes)
+        self._sync = settings.sync_seconds
+
+    # Looking...
+
+    def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]:
+        marks, began = read_marks([self._marker("")]), time.monotonic()
+        objects, prefixes = self.bucket.list(self._prefix, delimiter="/")
+        loose: dict[str, dict[str, Distribution]] = {}
+        for dist in self._describe(objects):
+            loose.setdefault(dist.project, {})[dist.filename] = dist
+        names = {prefix[len(self._prefix) : -1] for prefix in prefixes}
+        # A folder by another spelling of a project's name is not looked into.
+        folders = {name for name in names if to_project(name) == name}
+        places = {
+            Project(name): Place(
+                (name,) if name in folders else (), loose.get(name, {})
+            )
+            for name in folders | loose.keys()
+        }
+        until, sure = began + ROOT_SECONDS * self._sync, began + self._sync
+        return Look(Catalog(places), marks, until, sure)
+
+    def look(
+        self,
+        project: Project,
+        find_root: Callable[[], Look[Catalog]],
+        last: Look[Listing] | None,
+    ) -> Look[Listing]:
+        marks, began = read_marks([self._marker(project)]), time.monotonic()
+        objects, _ = self.bucket.list(f"{self._prefix}{project}/")
+        loose = find_root().found.places.get(project, Place()).loose
+        dists = {name: dist for name, dist in loose.items() if dist}
+        known = last.found.by_name if last else {}
+        for dist in self._describe(objects, project):
+            old = known.get(dist.filename)
+            same = old and (old.path, old.state) == (dist.path, dist.state)
+            dists[dist.filename] = old if old and same else dist
+        listing = same_or_new(project, list(dists.values()), last)
+        return Look(listing, marks, began + self._sync, began)
+
+    def _describe(
+        self, objects: Iterable[Object], project: str = ""
+    ) -> Iterator[Distribution]:
+        """Distributions of objects in the root, or in their project's folder."""
+        for item in objects:
+            folder, _, name = item.name[len(self._prefix) :].rpartition("/")
+            parsed = parse_filename(name, project or folder)
+            if parsed and folder in ("", parsed.project):
+                yield Distribution(
+                    *parsed,
+                    size=item.size,
+                    uploaded=item.created,
+                    facts=_facts_of(item.metadata),
+                    yanked=item.metadata.get("yanked"),
+                    path=item.name,
+                    state=(item.generation, item.metageneration),
+                    loose=not folder,
+                    md5=item.md5,
+                )
+
+    def everything(self, catalog: Catalog) -> Iterator[Distribution]:
+        return self._describe(self.bucket.list(self._prefix)[0])
+
+    def names(self, catalog: Catalog) -> Iterator[Parsed]:
+        for dist in self.everything(catalog):
+            yield Parsed(dist.filename, dist.project, dist.version)
+
+    # Reading...
+
+    def open(
+        self, dist: Distribution, start: int, stop: int
+    ) -> BinaryIO | Iterator[bytes]:
+        """From the cache; else from the bucket, and into the cache if it is all."""
+        name, generation = _cache_name(dist), dist.state[0]
+        if dist.facts.sha256 and (file := self._cache.open(name, start)):
+            return file
+        if not dist.size:  # no Range can say "nothing"
+            return iter(())
+        whole = stop - start == dist.size  # then its md5 is compared
+        chunks = self.bucket.read(
+            dist.path, generation=generation, start=start, stop=None if whole else stop
+        )
+        wanted = self._cache.fits(dist.size) or not dist.facts.sha256
+        return self._keep(dist, chunks) if whole and wanted else chunks
+
+    def _keep(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass chunks on while they are written; cache the file when all have come.
+
+        The bucket's checksum is compared before the last chunk is passed on, so neither
+        a client nor the cache ever has a damaged file that looks whole.
+        """
+        file = open_staged(self.staging)
+        try:
+            with file:
+                for chunk in chunks:
+                    write_all(file, chunk)
+                    yield chunk
+            if dist.facts.sha256 or self._store_facts(dist, file.name):
+                self._cache.put(_cache_name(dist), Path(file.name))
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+    def _store_facts(self, dist: Distribution, path: str) -> bool:
+        """Write the facts of an object that was copied in by hand to its metadata."""
+        generation, metageneration = dist.state
+        try:
+            with open(path, "rb") as file:
+                facts = read_facts(file, dist.filename, dist.size)
+            self.bucket.patch(
+                dist.path,
+                object_metadata(facts),
+                generation=generation,
+                metageneration=metageneration,
+            )
+        except OSError as fault:  # the file is served all the same; its facts can wait
+            log.warning("the facts of %s were not written: %s", dist.path, fault)
+            return False
+        finally:  # also if it failed: the object may be another by now
+            self._touch(dist.project, root=dist.loose)
+        return True
+
+    # Changing...
+
+    def create(
+        self, new: Addition, existing: Distribution | None, place: Place
+    ) -> None:
+        name = f"{self._prefix}{new.project}/{new.filename}"
+        if not existing and new.filename in place.loose:
+            raise FileExistsError(f"{new.filename} is there as a loose file")
+        replaces_loose = existing is not None and existing.loose
+        generation = existing.state[0] if existing and not existing.loose else 0
+        metadata = object_metadata(new.facts, new.uploader)
+        try:
+            with open(new.source, "rb") as file:
+                item = self.bucket.insert(
+                    name, file, metadata=metadata, if_generation=generation
+                )
+            if existing and replaces_loose:
+                self.bucket.delete(existing.path, generation=existing.state[0])
+        finally:  # also after a failure, whose effect is not known
+            self._touch(new.project, root=replaces_loose or not place.folders)
+        self._cache.put(f"{item.generation}-{new.filename}", new.source)
+
+    def delete(self, dist: Distribution) -> None:
+        try:
+            self.bucket.delete(dist.path, generation=dist.state[0])
+        finally:
+            self._touch(dist.project, root=True)
+
+    def move_home(self, dist: Distribution) -> None:
+        home, generation = (
+            f"{self._prefix}{dist.project}/{dist.filename}",
+            dist.state[0],
+        )
+        with contextlib.suppress(FileExistsError):  # with the same bytes
+            self.bucket.rewrite(dist.path, home, generation=generation)
+        self.delete(dist)
+
+    def _marker(self, project: str) -> str:
+        """The file that is touched when a project changes here or, for "", the root."""
+        number = zlib.crc32(project.encode()) % MARKERS if project else "root"
+        return f"{self._changes}/{number}"
+
+    def _touch(self, project: Project, *, root: bool) -> None:
+        for name in (project, "") if root else (project,):
+            marker = Path(self._marker(name))
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+            os.utime(marker, ns=(time.time_ns(),) * 2)  # finer than the clock's ticks
+
+
+class FileCache:
+    """Copies of objects on the local disk; the least recently used go first."""
+
+    def __init__(self, folder: Path, bound: int) -> None:
+        self._folder, self._bound = folder, bound  # bytes
+        make_folder(folder)
+
+    def open(self, name: str, start: int) -> BinaryIO | None:
+        path = self._folder / name
+        try:
+            os.utime(path)  # it is used now
+            return open_at(path, start)
+        except FileNotFoundError:
+            return None
+
+    def fits(self, size: int) -> bool:
+        return size <= self._bound
+
+    def put(self, name: str, source: Path) -> None:
+        """Move a file into the cache, and others out of it until all fit."""
+        if not self.fits(source.stat().st_size):
+            return
+        os.replace(source, self._folder / name)
+        with contextlib.suppress(FileNotFoundError):  # another worker does the same
+            states = [(e.stat(), e.path) for e in os.scandir(self._folder)]
+            excess = sum(state.st_size for state, _ in states) - self._bound
+            for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
+                if excess > 0:
+                    os.unlink(path)
+                    excess -= state.st_size
+
+
+def _cache_name(dist: Distribution) -> str:
+    # The generation is in the name: what was replaced elsewhere is never found.
+    return f"{dist.state[0]}-{dist.filename}"
+
+
+def object_metadata(facts: Facts, uploader: str = "") -> dict[str, str]:
+    """Facts as the custom metadata of an object: the README names the keys."""
+    pairs = zip((*METADATA_KEYS, "uploader"), (*facts, uploader), strict=True)
+    return {key: value for key, value in pairs if value}
+
+
+def _facts_of(metadata: Mapping[str, str]) -> Facts:
+    """Facts out of custom metadata, which anybody may have written there by hand."""
+    sha256, requires_python, core_metadata = (
+        metadata.get(key, "") for key in METADATA_KEYS
+    )
+    hexes = re.compile(r"[0-9a-f]{64}")
+    return Facts(
+        sha256 if hexes.fullmatch(sha256) else "",
+        requires_python,
+        core_metadata if hexes.fullmatch(core_metadata) else "",
+    )
+
+
+# ---- 11. Pages -----------------------------------------------------------------------
 # HTML and JSON are two renderers of the same listing. Each representation is rendered,
-# compressed and hashed once and kept with its listing; a warm page is one look-up.
+# compressed and hashed once and kept with its listing; a warm page is one look-up. The
+# line of a file is kept with the file: one new file of thousands renders one line.
 
 API_VERSION = "1.4"  # of the simple repository API
 JSON = "application/vnd.pypi.simple.v1+json"
 HTML_V1 = "application/vnd.pypi.simple.v1+html"
 HTML = "text/html"
-OFFERS = (JSON, HTML_V1, HTML)  # in the order we like to be asked for them by name
+OFFERS = (JSON, HTML_V1, HTML)  # the order of preference among equals
 LATEST = {
     "application/vnd.pypi.simple.latest+json": JSON,
     "application/vnd.pypi.simple.latest+html": HTML_V1,
 }
+LARGE_PAGE = 1 << 20  # bytes; level 6 takes thrice the time of 1, for a tenth less
 Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
 
 
@@ -2096,7 +2065,7 @@ def _preference(offer: str, ranges: Mapping[str, float]) -> tuple[float, int, in
     if offer in ranges:
         return ranges[offer], 1, -rank
     wild = ranges.get(offer.split("/")[0] + "/*", ranges.get("*/*", 0.0))
-    return wild, 0, rank  # by wildcard: HTML, which is what browsers can show
+    return wild, 0, rank  # by wildcard: HTML, which browsers can show
 
 
 def _weighted(header: str) -> Iterator[tuple[str, float]]:
@@ -2134,32 +2103,30 @@ def page_response(
     answer = source.answers.get((kind, gzip))
     if answer is None:
         text = to_json(source) if kind == JSON else to_html(source)
-        answer = source.answers[kind, gzip] = _represent(text.encode(), kind, gzip=gzip)
+        answer = source.answers[kind, gzip] = render(text.encode(), kind, gzip=gzip)
+    full, not_modified = answer
     tags = request.environ.get("HTTP_IF_NONE_MATCH")
-    return (
-        answer[1] if tags and _names_tag(tags, answer[0].headers[0][1]) else answer[0]
-    )
+    return not_modified if tags and _names_tag(tags, full.headers[0][1]) else full
 
 
-def _represent(body: bytes, kind: str, *, gzip: bool) -> Answer:
+def render(body: bytes, kind: str, *, gzip: bool) -> Answer:
+    """Make the answers of a page: the page in full, and 304."""
     tag = hashlib.sha256(body).hexdigest()[:32]
     kept = (
         ("ETag", f'"{tag}-{OFFERS.index(kind)}{"z" if gzip else ""}"'),
-        # Asked again each time, answered 304: a new upload is seen at once.
+        # Clients ask again each time and get a 304, so a new upload is seen at once.
         ("Cache-Control", "no-cache"),
         ("Vary", "Accept, Accept-Encoding"),
     )
-    headers = [
-        *kept,
-        ("Content-Type", kind if kind == JSON else f"{kind}; charset=utf-8"),
-    ]
+    content_type = kind if kind == JSON else f"{kind}; charset=utf-8"
+    headers = [*kept, ("Content-Type", content_type)]
     if gzip:
-        body = zlib.compress(body, 6, wbits=31)  # 31: with gzip's header
+        level = 6 if len(body) < LARGE_PAGE else 1
+        body = zlib.compress(body, level, wbits=31)  # 31: with gzip's header
         headers.append(("Content-Encoding", "gzip"))
     headers.append(("Content-Length", str(len(body))))
-    return Response("200 OK", tuple(headers), (body,)), Response(
-        "304 Not Modified", kept
-    )
+    full = Response("200 OK", tuple(headers), (body,))
+    return full, Response("304 Not Modified", kept)
 
 
 def _names_tag(header: str, tag: str) -> bool:
@@ -2185,42 +2152,47 @@ def _simple_page(title: str, links: Iterable[str]) -> Html:
     return html_page(title, "\n".join(links), version)
 
 
-def _link(found: Distribution) -> Html:
-    fragment = "".join(f"#{name}={digest}" for name, digest in found.hashes.items())
-    digest = found.facts.core_metadata
+def _line(dist: Distribution, kind: str, make: Callable[[Distribution], str]) -> str:
+    """The line of a file on a page, rendered once."""
+    line = dist.lines.get(kind)
+    if line is None:
+        line = dist.lines[kind] = make(dist)
+    return line
+
+
+def _link(dist: Distribution) -> Html:
+    fragment = "".join(f"#{name}={digest}" for name, digest in dist.hashes.items())
+    digest = dist.facts.core_metadata
     core_metadata = f"sha256={digest}" if digest else None
     attributes = {
-        "href": f"../../{found.url}{fragment}",
-        "data-requires-python": found.facts.requires_python or None,
+        "href": f"../../{dist.url}{fragment}",
+        "data-requires-python": dist.facts.requires_python or None,
         "data-core-metadata": core_metadata,
         "data-dist-info-metadata": core_metadata,  # its name in PEP 658, for older pip
-        "data-yanked": found.yanked,
-        "data-gpg-sig": "true" if found.signed else None,
+        "data-yanked": dist.yanked,
     }
     text = "".join(
         f' {k}="{escape(v)}"' for k, v in attributes.items() if v is not None
     )
-    return Html(f"<a{text}>{escape(found.filename)}</a><br>")
+    return Html(f"<a{text}>{escape(dist.filename)}</a><br>")
 
 
-def _file_json(found: Distribution) -> dict[str, Any]:
+def _file_json(dist: Distribution) -> str:
     """One file of the JSON API; uv refuses a whole project for a null in it."""
-    facts = found.facts
+    facts = dist.facts
     entry: dict[str, Any] = {
-        "filename": found.filename,
-        "url": f"../../{found.url}",
-        "hashes": found.hashes,
-        "size": found.size,
-        "upload-time": utc(found.uploaded),
-        "yanked": found.yanked is not None and (found.yanked or True),
+        "filename": dist.filename,
+        "url": f"../../{dist.url}",
+        "hashes": dist.hashes,
+        "size": dist.size,
+        "upload-time": utc(dist.uploaded),
+        "yanked": dist.yanked is not None and (dist.yanked or True),
     }
     if facts.requires_python:
         entry["requires-python"] = facts.requires_python
     if facts.core_metadata:
         entry["core-metadata"] = {"sha256": facts.core_metadata}
-    if found.signed:
-        entry["gpg-sig"] = True
-    return entry
+    return json.dumps(entry, separators=(",", ":"))
 
 
 def utc(seconds: float) -> str:
@@ -2235,15 +2207,15 @@ def _json(content: Mapping[str, Any]) -> str:
 
 
 def _project_html(listing: Listing) -> Html:
-    return _simple_page(
-        f"Links for {listing.project}", map(_link, listing.distributions)
-    )
+    links = (_line(dist, HTML, _link) for dist in listing.dists)
+    return _simple_page(f"Links for {listing.project}", links)
 
 
 def _project_json(listing: Listing) -> str:
     versions = list(listing.versions().values())
-    files = list(map(_file_json, listing.distributions))
-    return _json({"name": listing.project, "versions": versions, "files": files})
+    files = ",".join(_line(dist, JSON, _file_json) for dist in listing.dists)
+    head = _json({"name": listing.project, "versions": versions})
+    return f'{head[:-1]},"files":[{files}]}}'
 
 
 def _index_html(catalog: Catalog) -> Html:
@@ -2257,19 +2229,18 @@ def _index_json(catalog: Catalog) -> str:
 
 def simple_index(app: App, request: Request) -> Response:
     """/simple/"""
-    return page_response(request, app.files.catalog(), _index_html, _index_json)
+    return page_response(request, request.catalog, _index_html, _index_json)
 
 
 def simple_project(app: App, request: Request) -> Response:
     """/simple/<project>/"""
-    listing = app.files.listing(request.project)
-    if listing.distributions:
-        return page_response(request, listing, _project_html, _project_json)
+    if request.listing.dists:
+        return page_response(request, request.listing, _project_html, _project_json)
     return _fall_back(app.settings, request)
 
 
 def _fall_back(settings: Settings, request: Request) -> Response:
-    """Send it to the fallback index, unless the name is one that must stay here."""
+    """Redirect an unknown project to the fallback index, unless its name is private."""
     project = request.project
     private = any(fnmatch.fnmatchcase(project, p) for p in settings.private_names)
     if private or not settings.fallback_url:
@@ -2277,12 +2248,12 @@ def _fall_back(settings: Settings, request: Request) -> Response:
     return redirect(with_query(f"{settings.fallback_url}/{project}/", request))
 
 
-# ---- 11. Downloads -------------------------------------------------------------------
-# Every decision is made from the facts before a byte is read: conditions first, then a
-# range (RFC 9110, 13.2.2). A distribution never changes under its name, so clients may
-# keep it for good; it never has a Content-Encoding, as pip hashes what arrives.
+# ---- 12. Downloads -------------------------------------------------------------------
+# Status and headers are decided from the facts before a byte is read: conditions first,
+# then a range (RFC 9110, 13.2.2). A distribution does not change under its name, so
+# clients may keep it. It has no Content-Encoding, as pip hashes what arrives.
 
-SMALL = 64 << 10  # bytes; reading so few is quicker than setting sendfile up
+SMALL = 64 << 10  # bytes; to read so few is quicker than to set sendfile up
 TYPES = {
     ".zip": "application/zip",
     ".gz": "application/gzip",
@@ -2291,38 +2262,46 @@ TYPES = {
 
 
 def download(app: App, request: Request) -> Response:
-    """/packages/<project>/<filename>, and <filename>.metadata and .asc beside it."""
-    project, filename = wanted(request)
-    found = app.files.find(project, filename) if project else None
+    """/packages/<project>/<filename>, and <filename>.metadata beside a wheel."""
+    project, filename = target_of(request)
     suffix = request.args["file"][len(filename) :]
-    if found and not suffix:
-        return _file_response(app, request, found)
-    if found and suffix == ".metadata" and found.facts.core_metadata:
-        with contextlib.suppress(ArchiveError):
-            body = app.files.core_metadata(found)
-            return _whole(app, request, body, f'"{found.facts.core_metadata}"')
-    if found and suffix == ".asc" and found.signed:
-        body = app.files.signature(found)
-        return _whole(app, request, body, f'"{hashlib.sha256(body).hexdigest()}"')
-    raise HTTPError(404, f"There is no file {request.path!r} here.")
+    answer = {"": file_response, ".metadata": metadata_response}.get(suffix)
+    dist = request.listing.by_name.get(filename) if project else None
+    for _ in range(2):  # once more if the file was replaced since it was listed
+        if not (project and dist and answer):
+            raise HTTPError(404, f"There is no file {request.path!r} here.")
+        try:
+            return answer(app, request, dist)
+        except FileNotFoundError:
+            dist = app.index.look_again(project).by_name.get(filename)
+    raise HTTPError(503, f"{filename} is changing. Try again.", Retry_After="1")
 
 
-def _whole(app: App, request: Request, body: bytes, tag: str) -> Response:
+def metadata_response(app: App, request: Request, dist: Distribution) -> Response:
+    if not dist.facts.core_metadata:
+        raise HTTPError(404, f"{dist.filename} has no core metadata here.")
+    tag = f'"{dist.facts.core_metadata}"'
     headers = (("ETag", tag), ("Cache-Control", _lifetime(app)))
     if (tags := request.header("If-None-Match")) and _names_tag(tags, tag):
         return Response("304 Not Modified", headers)
+    try:
+        body = app.index.core_metadata(dist)
+    except ArchiveError as fault:
+        why = f"{dist.filename} has no core metadata: {fault}."
+        raise HTTPError(404, why) from fault
     plain = (("Content-Type", TEXT), ("X-Content-Type-Options", "nosniff"))
     length = ("Content-Length", str(len(body)))
     return Response("200 OK", (*headers, *plain, length), (body,))
 
 
 def _lifetime(app: App) -> str:
-    # With overwriting allowed, a name may get other bytes: then clients have to ask.
+    # With OVERWRITE a name may get other bytes, so clients have to ask each time.
     return "no-cache" if app.settings.overwrite else "max-age=31536000, immutable"
 
 
-def _file_response(app: App, request: Request, found: Distribution) -> Response:
-    tag, modified, size = found.tag, _http_date(found.uploaded), found.size
+def file_response(app: App, request: Request, dist: Distribution) -> Response:
+    """Answer a file: 200, 206, 304 or 416. FileNotFoundError: it was replaced."""
+    tag, modified, size = dist.tag, _http_date(dist.uploaded), dist.size
     headers = [
         ("ETag", tag),
         ("Last-Modified", modified),
@@ -2330,7 +2309,7 @@ def _file_response(app: App, request: Request, found: Distribution) -> Response:
     ]
     if _is_unchanged(request, tag, modified):
         return Response("304 Not Modified", tuple(headers))
-    kind = TYPES.get(os.path.splitext(found.filename)[1], "application/octet-stream")
+    kind = TYPES.get(os.path.splitext(dist.filename)[1], "application/octet-stream")
     headers += [("Content-Type", kind), ("Accept-Ranges", "bytes")]
     status, start, stop = "200 OK", 0, size
     if span := _requested_range(request, size, (tag, modified)):
@@ -2339,7 +2318,7 @@ def _file_response(app: App, request: Request, found: Distribution) -> Response:
     headers.append(("Content-Length", str(stop - start)))
     if request.method == "HEAD":
         return Response(status, tuple(headers))
-    body: Iterable[bytes] = app.files.content(found, start, stop)
+    body: Iterable[bytes] = app.index.open(dist, start, stop)
     if isinstance(body, io.IOBase):
         body = _file_body(request, body, stop - start, to_end=stop == size)
     return Response(status, tuple(headers), body)
@@ -2355,7 +2334,7 @@ def _http_date(seconds: float) -> str:
 def _is_unchanged(request: Request, tag: str, modified: str) -> bool:
     if tags := request.header("If-None-Match"):
         return _names_tag(tags, tag)
-    return request.header("If-Modified-Since") == modified  # as clients send it back
+    return request.header("If-Modified-Since") == modified
 
 
 def _requested_range(
@@ -2383,12 +2362,12 @@ def _file_body(
     if length <= SMALL:
         return (b"".join(slice_of(file, length)),)
     wrapper = request.environ.get("wsgi.file_wrapper")
-    if wrapper and to_end:  # wsgiref's sends a file to its end, whatever we say
+    if wrapper and to_end:  # wsgiref's wrapper always sends a file to its end
         return wrapper(file, CHUNK)  # type: ignore[no-any-return]
     return slice_of(file, length)
 
 
-# ---- 12. Uploads ---------------------------------------------------------------------
+# ---- 13. Uploads ---------------------------------------------------------------------
 # The legacy form (multipart/form-data, RFC 7578) streams: bytes go into the parser,
 # events come out, and one loop hashes and writes the file as it arrives. All else in
 # the form is small, and bounded. A file gets its name when every check has passed.
@@ -2398,7 +2377,7 @@ MAX_FIELD = 4 << 20  # bytes; a description may be as long as the metadata it co
 MAX_FIELDS = 2000  # classifiers, requirements and URLs repeat, each a field of its own
 MAX_FORM = 8 << 20  # bytes of all fields but the file together
 MAX_DRAIN = 32 << 20  # bytes read after a refusal: some clients listen only then
-KEPT_FIELDS = {":action", "name", "version", "filetype", "gpg_signature"}
+KEPT_FIELDS = {":action", "name", "version", "filetype"}
 DIGESTS: dict[str, Callable[[], Any]] = {
     "sha256_digest": hashlib.sha256,
     "md5_digest": partial(hashlib.md5, usedforsecurity=False),
@@ -2525,7 +2504,7 @@ class Form:
 
     def __init__(self, staging: Path) -> None:
         self.fields: dict[str, str] = {}
-        self.filename, self.signature = "", b""
+        self.filename = ""
         self.staged: Path | None = None
         self.size = 0
         self.digests: dict[
@@ -2608,9 +2587,6 @@ class Form:
         elif self._field in KEPT_FIELDS or self._field in DIGESTS:
             if self._field in self.fields:
                 raise HTTPError(400, f"The field {self._field!r} is there twice.")
-            if self._field == "gpg_signature":
-                self.signature = bytes(self._value)
-                self._value.clear()
             try:
                 self.fields[self._field] = self._value.decode()
             except UnicodeDecodeError:
@@ -2626,7 +2602,7 @@ def read_form(app: App, request: Request) -> Form:
         why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} of them."
         raise HTTPError(413, why)
     parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
-    form = Form(app.files.staging)
+    form = Form(app.index.store.staging)
     try:
         for chunk in read_body(request, length):
             for event in parser.feed(chunk):
@@ -2687,15 +2663,16 @@ def upload(app: App, request: Request) -> Response:
     if not action:
         raise HTTPError(400, "Missing ':action' field!")
     if action == "file_upload":
-        return _upload_file(app, request, form)
+        return _propose_file(app, request, form)
     if action == "remove_pkg":
-        return _remove(app, form)
+        return _propose_removal(app, form)
     if action in ("verify", "submit", "doc_upload"):
         return text_response(200, f"OK: nothing is done for {action!r}.")
     raise HTTPError(400, f"Unsupported ':action' field: {action!r}.")
 
 
-def _upload_file(app: App, request: Request, form: Form) -> Response:
+def _propose_file(app: App, request: Request, form: Form) -> Response:
+    """Check an upload; what is stored, and said, is up to `push`."""
     if not form.staged or not form.filename:
         raise HTTPError(400, "Missing 'content' file-field!")
     parsed = _check_filename(form)
@@ -2705,19 +2682,10 @@ def _upload_file(app: App, request: Request, form: Form) -> Response:
         source=form.staged,
         size=form.size,
         facts=_check_archive(form, form.staged, parsed),
-        signature=form.signature,
         uploader=request.user,
         overwrite=app.settings.overwrite,
     )
-    try:
-        changed = app.files.add(new)
-    except FileExistsError:
-        raise already_exists(request, parsed.filename) from None
-    if not changed:
-        return text_response(200, f"OK: {parsed.filename} was here already.")
-    return replace(
-        text_response(200, f"OK: {parsed.filename} is stored."), changes=(new,)
-    )
+    return replace(text_response(200, "OK"), changes=(new,))
 
 
 def _check_filename(form: Form) -> Parsed:
@@ -2780,29 +2748,26 @@ def _check_archive(form: Form, staged: Path, parsed: Parsed) -> Facts:
     )
 
 
-def _remove(app: App, form: Form) -> Response:
-    """Remove every distribution of one version of a project."""
+def _propose_removal(app: App, form: Form) -> Response:
+    """Find every distribution of one version of a project."""
     name, version = form.fields.get("name", ""), form.fields.get("version", "")
     project = to_project(name)
     if not project or not version:
         sent = f"name={name!r}, version={version!r}"
         raise HTTPError(400, f"Missing 'name'/'version' fields: {sent}")
-    key, listing = version_key(version), app.files.current(project)
-    found = [d for d in listing.distributions if version_key(d.version) == key]
-    if not found:
+    key, listing = version_key(version), app.index.look_again(project)
+    removals = tuple(Removal(dist) for dist in listing.dists if dist.key == key)
+    if not removals:
         raise HTTPError(404, f"{name} ({version}) not found")
-    for distribution in found:
-        app.files.remove(distribution)
-    done = text_response(200, f"OK: {project} {version} is removed.")
-    return replace(done, changes=tuple(map(Removal, found)))
+    return replace(text_response(200, "OK"), changes=removals)
 
 
-# ---- 13. Other answers ---------------------------------------------------------------
+# ---- 14. Other answers ---------------------------------------------------------------
 # What pypiserver's users and PyPI's tools ask for beside the simple index.
 
 
 def plain_response(kind: str, text: str) -> Response:
-    """An answer that is not worth remembering."""
+    """An answer that is not kept, here or by the client."""
     body = text.encode()
     length = ("Content-Length", str(len(body)))
     headers = (("Content-Type", kind), ("Cache-Control", "no-cache"), length)
@@ -2811,19 +2776,19 @@ def plain_response(kind: str, text: str) -> Response:
 
 def project_json(app: App, request: Request) -> Response:
     """/pypi/<project>[/<version>]/json, and pypiserver's /<project>/json."""
-    listing, base = app.files.listing(request.project), request.base_url()
-    names, wanted_version = listing.versions(), request.args.get("version")
-    shown = names.get(version_key(wanted_version or _latest(listing)))
+    listing, base = request.listing, request.base_url()
+    names, version = listing.versions(), request.args.get("version")
+    shown = names.get(version_key(version or _latest(listing)))
     if shown is None:
         raise HTTPError(404, f"There is nothing at {request.path!r}.")
-    releases: dict[str, list[Any]] = {version: [] for version in names.values()}
-    for found in listing.distributions:
-        releases[names[version_key(found.version)]].append(_release_json(found, base))
+    releases: dict[str, list[Any]] = {name: [] for name in names.values()}
+    for dist in listing.dists:
+        releases[names[dist.key]].append(_release_json(dist, base))
     urls = releases[shown]
     info = {"name": listing.project, "version": shown}
     info["requires_python"] = urls[0]["requires_python"]
     content = {"info": info, "urls": urls}
-    if wanted_version is None:
+    if version is None:
         content["releases"] = releases
     return plain_response("application/json", json.dumps(content))
 
@@ -2831,30 +2796,29 @@ def project_json(app: App, request: Request) -> Response:
 def _latest(listing: Listing) -> str:
     """The newest; one that is yanked or no final release only if there is no other."""
 
-    def rank(found: Distribution) -> tuple[Any, ...]:
-        key = version_key(found.version)
-        return found.yanked is None, is_final(key), key
+    def rank(dist: Distribution) -> tuple[Any, ...]:
+        return dist.yanked is None, is_final(dist.key), dist.key
 
-    best = max(listing.distributions, key=rank, default=None)
+    best = max(listing.dists, key=rank, default=None)
     return best.version if best else ""
 
 
-def _release_json(found: Distribution, base: str) -> dict[str, Any]:
-    extension = os.path.splitext(found.filename)[1]
-    kinds = {".whl": "bdist_wheel", ".egg": "bdist_egg", ".exe": "bdist_wininst"}
-    python = found.filename.split("-")[-3] if extension == ".whl" else "source"
+def _release_json(dist: Distribution, base: str) -> dict[str, Any]:
+    extension = os.path.splitext(dist.filename)[1]
+    kinds = {".whl": "bdist_wheel", ".egg": "bdist_egg"}
+    python = dist.filename.split("-")[-3] if extension == ".whl" else "source"
     return {
-        "filename": found.filename,
-        "url": f"{base}/{found.url}",
-        "digests": found.hashes,
-        "size": found.size,
+        "filename": dist.filename,
+        "url": f"{base}/{dist.url}",
+        "digests": dist.hashes,
+        "size": dist.size,
         "packagetype": kinds.get(extension, "sdist"),
         "python_version": python,
-        "requires_python": found.facts.requires_python or None,
-        "upload_time": utc(found.uploaded)[:19],
-        "upload_time_iso_8601": utc(found.uploaded),
-        "yanked": found.yanked is not None,
-        "yanked_reason": found.yanked or None,
+        "requires_python": dist.facts.requires_python or None,
+        "upload_time": utc(dist.uploaded)[:19],
+        "upload_time_iso_8601": utc(dist.uploaded),
+        "yanked": dist.yanked is not None,
+        "yanked_reason": dist.yanked or None,
     }
 
 
@@ -2862,7 +2826,7 @@ def all_files(app: App, request: Request) -> Response:
     """/packages/: every file, for people and for pip --find-links."""
     links = (
         f'<a href="{project}/{quote(name)}">{escape(name)}</a><br>'
-        for name, project, _ in app.files.everything()
+        for name, project, _ in app.index.names(request.catalog)
     )
     return plain_response(f"{HTML}; charset=utf-8", _simple_page("All files", links))
 
@@ -2873,7 +2837,7 @@ def start_page(app: App, request: Request) -> Response:
     if mount and not request.environ.get("PATH_INFO"):  # relative links need the slash
         return redirect(quote(mount.rpartition("/")[2], encoding="latin-1") + "/")
     if app.settings.welcome_file:
-        page = _welcome(app, app.settings.welcome_file, base)
+        page = _welcome(app, request, app.settings.welcome_file)
     else:
         install = escape(f"pip install --index-url {base}simple/ PROJECT")
         publish = escape(f"twine upload --repository-url {base} dist/*")
@@ -2887,13 +2851,13 @@ def start_page(app: App, request: Request) -> Response:
     return plain_response(f"{HTML}; charset=utf-8", page)
 
 
-def _welcome(app: App, path: Path, base: str) -> str:
+def _welcome(app: App, request: Request, path: Path) -> str:
     """pypiserver's placeholders keep their names; NUMPKGS counts projects."""
-    text = path.read_text("utf-8")
+    text, base = path.read_text("utf-8"), request.base_url() + "/"
     values = {"URL": base, "VERSION": __version__}
     values |= {"PACKAGES": f"{base}packages/", "SIMPLE": f"{base}simple/"}
     if "{{NUMPKGS}}" in text:
-        values["NUMPKGS"] = str(len(app.files.catalog().projects))
+        values["NUMPKGS"] = str(len(app.index.catalog(request.started).projects))
     for name, value in values.items():
         text = text.replace("{{" + name + "}}", escape(value))
     return text
@@ -2907,9 +2871,9 @@ def health(app: App, request: Request) -> Response:
 def warm_up(app: App, request: Request) -> Response:
     """/_ah/warmup: App Engine asks before it sends an instance its first request.
 
-    To list the root takes credentials and a connection: the first request finds both.
+    To list the root takes credentials and a connection: the first request finds all.
     """
-    app.files.catalog()
+    app.index.catalog(request.started)
     return text_response(200, "Ok")
 
 
@@ -2927,13 +2891,14 @@ def search(app: App, request: Request) -> Response:
         raise HTTPError(413, f"A search of {length} bytes is too long.")
     body = b"".join(read_body(request, length))
     try:
-        if b"<!" in body or b"\0" in body:  # a DTD, perhaps in UTF-16: it can explode
+        if b"<!" in body or b"\0" in body:  # a DTD, perhaps in UTF-16, can explode
             raise ValueError("a DTD is not accepted")
         parameters, method = xmlrpc.client.loads(body)
         words = _search_words(method, parameters)
-    except Exception as fault:  # expat's, struct's and type errors of a stranger's XML
+    except Exception as fault:  # foreign XML raises expat's, struct's and type errors
         raise HTTPError(400, f"Invalid XML-RPC payload: {fault}.") from fault
-    answer = xmlrpc.client.dumps((_search(app, words),), methodresponse=True)
+    hits = _search(app.index.names(request.catalog), words)
+    answer = xmlrpc.client.dumps((hits,), methodresponse=True)
     return plain_response("text/xml", answer)
 
 
@@ -2944,44 +2909,22 @@ def _search_words(method: str | None, parameters: Sequence[Any]) -> list[str]:
     return [normalize(w) for w in ([words] if isinstance(words, str) else words) if w]
 
 
-def _search(app: App, words: Sequence[str]) -> list[dict[str, str]]:
+def _search(names: Iterable[Parsed], words: Sequence[str]) -> list[dict[str, str]]:
     latest: dict[str, str] = {}
-    for _, project, version in app.files.everything():
+    for _, project, version in names:
         if any(word in project for word in words):
             latest[project] = max(latest.get(project, ""), version, key=version_key)
     return [{"name": p, "version": v, "summary": ""} for p, v in latest.items()]
 
 
-# ---- 14. Routes and the app ----------------------------------------------------------
-# ROUTES says who may do what. HEAD, 405, a missing slash and un-normalised names are
-# the router's; each answer is a plain function of the app and a request.
+# ---- 15. Routes and the app ----------------------------------------------------------
+# ROUTES says who may do what. The router answers for HEAD, 405, missing slashes and
+# names that are not normalised. A handler is a plain function of the app and a request.
 
 Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
-MAX_PATH = 1024  # letters; the longest path that means something has two names of 215
-
-
-class Files(Protocol):
-    """What handlers need of the place where distributions are: Directory and Mirror."""
-
-    staging: Path
-
-    def catalog(self) -> Catalog: ...
-    def listing(self, project: Project) -> Listing: ...
-    def current(self, project: Project) -> Listing:
-        """The listing as it is at this moment, for what changes it."""
-
-    def find(self, project: Project, filename: str) -> Distribution | None: ...
-    def everything(self) -> Iterator[Parsed]: ...
-    def content(
-        self, found: Distribution, start: int, stop: int
-    ) -> BinaryIO | Iterator[bytes]: ...
-    def core_metadata(self, found: Distribution) -> bytes: ...
-    def signature(self, found: Distribution) -> bytes: ...
-    def add(self, new: Addition) -> bool: ...
-    def remove(self, found: Distribution) -> None: ...
-    def tidy(self, *, dry_run: bool) -> Iterator[str]: ...
+MAX_PATH = 1024  # letters; the longest useful path has two names of 215
 
 
 class Route(NamedTuple):
@@ -3032,12 +2975,12 @@ class Router:
                 414, f"The path has {len(path)} letters; {MAX_PATH} will do."
             )
         slashed = path if path.endswith("/") else path + "/"
-        # Uploads are answered with and without the slash: their clients do not follow.
+        # Uploads work with and without the slash: their clients follow no redirect.
         for candidate in (path, slashed):
             for pattern, route in self._routes:
-                found = pattern.fullmatch(candidate)
-                if found and route.method == method:
-                    return _describe_match(route, path, found.groupdict())
+                match = pattern.fullmatch(candidate)
+                if match and route.method == method:
+                    return _describe_match(route, path, match.groupdict())
         fits = (path, slashed)
         methods = {r.method for p, r in self._routes if any(map(p.fullmatch, fits))}
         if not methods:
@@ -3064,12 +3007,12 @@ def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
 class App:
     """The WSGI application. `before` and `after` are hooks, yours to extend."""
 
-    def __init__(self, settings: Settings, files: Files, users: Users) -> None:
+    def __init__(self, settings: Settings, index: Index, users: Users) -> None:
         self.settings = settings
-        self.files = files
+        self.index = index
         self.users = users
-        self.before: list[Before] = []
-        self.after: list[After] = []
+        self.before: list[Before] = [index.pull]
+        self.after: list[After] = [index.push]
         self.verbose = False  # a log line for every request
         own = Route("GET", settings.health_endpoint, None, health)
         self._router = Router((own, *ROUTES))
@@ -3089,6 +3032,10 @@ class App:
             response = self._respond(request)
         except HTTPError as refusal:
             response = self._refuse(request, refusal)
+        except OSError as fault:
+            self._log(logging.ERROR, request, f"the store failed: {fault}")
+            why = "The store cannot be read or written now. Try again."
+            response = self._refuse(request, HTTPError(503, why, Retry_After="5"))
         except Exception:
             self._log(logging.ERROR, request, "fault", exc_info=True)
             why = "The server failed; its log says why."
@@ -3148,18 +3095,11 @@ def _in_words(change: Addition | Removal) -> str:
 
 
 def _cloud_fields(settings: Settings, request: Request) -> dict[str, Any]:
-    """What Cloud Logging reads of an entry (LogEntry: httpRequest, trace)."""
+    """What Cloud Logging reads of an entry (LogEntry): the trace of its request."""
     trace = request.header("X-Cloud-Trace-Context").split("/")[0]
     if trace and settings.cloud_project:
         trace = f"projects/{settings.cloud_project}/traces/{trace}"
-    fields = {
-        "requestMethod": request.method,
-        "requestUrl": request.path,
-        "userAgent": request.header("User-Agent"),
-        "remoteIp": request.header("X-Forwarded-For").split(",")[0],
-        "latency": f"{time.monotonic() - request.started:.6f}s",
-    }
-    return {"httpRequest": fields, "logging.googleapis.com/trace": trace}
+    return {"logging.googleapis.com/trace": trace}
 
 
 class CloudFormatter(logging.Formatter):
@@ -3171,7 +3111,7 @@ class CloudFormatter(logging.Formatter):
 
 
 def _set_up_log(*, hosted: bool) -> None:
-    """Make what we log visible, unless whoever embeds the app has seen to that."""
+    """Send log lines to stderr, unless the embedding program handles them."""
     if not log.hasHandlers():
         text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
         handler = logging.StreamHandler()
@@ -3191,13 +3131,11 @@ def get_app(
     """
     if root:
         settings["local_package_directory"] = root
-    said = {name.upper(): _as_text(value) for name, value in settings.items()}
-    if unknown := sorted(said.keys() - WORDS.keys()):
-        known = ", ".join(WORDS).lower()
-        raise SettingsError(
-            f"get_app() knows no {unknown[0].lower()!r}; it has {known}."
-        )
-    checked = Settings.from_env({**os.environ, **said})
+    values = {name.upper(): _as_text(value) for name, value in settings.items()}
+    if unknown := sorted(values.keys() - DEFAULTS.keys()):
+        why = f"get_app() takes no {unknown[0].lower()!r}"
+        raise SettingsError(f"{why}, but {', '.join(DEFAULTS).lower()}.")
+    checked = Settings.from_env({**os.environ, **values})
     who = Users(users if users is not None else checked.password_file)
     if checked.authenticate - {"update"} and not who.logins().checks:
         actions = ", ".join(sorted(checked.authenticate))
@@ -3206,21 +3144,18 @@ def get_app(
             "PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
         )
     _set_up_log(hosted=checked.hosted)
-    remote = checked.bucket_name or checked.remote
-    files = _mirror(checked) if remote else Directory(checked.root)
-    app = App(checked, files, who)
-    if isinstance(files, Mirror):
-        app.before.append(files.pull)
-        app.after.append(files.push)
+    store: Store = _cloud(checked) if checked.bucket_name else Directory(checked.root)
+    if checked.remote and not checked.bucket_name:
+        log.info("REMOTE_PACKAGE_DIRECTORY is served, as no BUCKET_NAME is set")
     log.info("pypi_ae %s serves %s", __version__, place_of(checked))
-    return app
+    return App(checked, Index(store), who)
 
 
 def place_of(settings: Settings) -> str:
     root = str(settings.root.absolute())
-    if not settings.bucket_name and not settings.remote:
+    if not settings.bucket_name:
         return root
-    return f"{settings.bucket_name or 'directory'}:{settings.remote}, cached in {root},"
+    return f"{settings.bucket_name}:{settings.remote}, cached in {root},"
 
 
 def _as_text(value: object) -> str:
@@ -3229,9 +3164,7 @@ def _as_text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _mirror(settings: Settings) -> Mirror:
-    if not settings.bucket_name:
-        return Mirror(settings, Folder(Path(settings.remote)), "")
+def _cloud(settings: Settings) -> Cloud:
     try:
         import gcs_rest
 
@@ -3242,11 +3175,10 @@ def _mirror(settings: Settings) -> Mirror:
             "BUCKET_NAME needs gcs_rest.py beside this file, and the packages "
             f"google-auth and requests (pip install google-auth requests): {fault}"
         ) from fault
-    prefix = settings.remote.strip("/") + "/"  # "/" is the root of the bucket
-    return Mirror(settings, gcs_rest.Bucket(settings.bucket_name), prefix.lstrip("/"))
+    return Cloud(gcs_rest.Bucket(settings.bucket_name), settings)
 
 
-# ---- 15. Command line ----------------------------------------------------------------
+# ---- 16. Command line ----------------------------------------------------------------
 # pypiserver's flags where they make sense; each is a setting under another name, so the
 # environment, keywords and flags cannot disagree about what is allowed.
 
@@ -3359,8 +3291,8 @@ def tidy(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say what to do")
     given = parser.parse_args(arguments)
     count = 0
-    files = get_app(root=given.root).files
-    for count, line in enumerate(files.tidy(dry_run=given.dry_run), 1):
+    index = get_app(root=given.root).index
+    for count, line in enumerate(index.tidy(dry_run=given.dry_run), 1):
         print(f"{count:6} {line}", flush=True)
     print(f"{count} to do" if given.dry_run else f"{count} done")
     return 0
