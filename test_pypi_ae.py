@@ -2746,6 +2746,33 @@ def test_start_that_cannot_work_ends_with_a_sentence(
     assert "Traceback" not in said
 
 
+OLD_PYTHON = """
+import runpy, sys
+sys.version, sys.version_info = "3.10.13 (main)", (3, 10, 13)
+runpy.run_path(sys.argv[1], run_name=sys.argv[2])
+"""
+
+
+def test_older_python_is_told_which_one_is_needed() -> None:
+    """Under Python 3.10, where one is installed, and as if under it."""
+    import ast
+    import shutil
+
+    ast.parse(MODULE.read_text("utf-8"), feature_version=(3, 10))
+    says = "pypi_ae needs Python 3.11 or later; this is 3.10."
+    simulated = [sys.executable, "-c", OLD_PYTHON, str(MODULE)]
+    commands = [[*simulated, "__main__"]]
+    real = [shutil.which("python3.10") or "false", "-B"]
+    if not subprocess.run([*real, "-c", ""], capture_output=True).returncode:
+        commands.append([*real, str(MODULE)])
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(says)
+    done = subprocess.run([*simulated, "pypi_ae"], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {says}")
+
+
 API = "https://storage.googleapis.com/storage/v1/b/bkt/o"
 MEDIA = "https://storage.googleapis.com/download/storage/v1/b/bkt/o/a%2Fb.whl"
 UPLOAD = "https://storage.googleapis.com/upload/storage/v1/b/bkt/o"
