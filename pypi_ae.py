@@ -780,22 +780,23 @@ def _unauthorized(message: str) -> HTTPError:
 
 
 # ---- 6. Archives ---------------------------------------------------------------------
-# Core metadata comes out of the distribution itself: METADATA of a wheel, PKG-INFO of
-# an sdist. The archive is a stranger's: nothing is read further, or in larger pieces,
-# than an honest one needs, and whatever its readers raise becomes ArchiveError.
+# Core metadata comes from the distribution itself: METADATA of a wheel, PKG-INFO of an
+# sdist. A stranger may have made the archive, so every read is bounded. What archive
+# readers raise becomes ArchiveError. An OSError of the source means that the store
+# failed, so it passes unchanged.
 
-MAX_METADATA = 4 << 20  # bytes; the largest README-laden ones on PyPI are near 1 MiB
-MAX_PIECE = 8 << 20  # bytes; a zip directory of some 80,000 files
-MAX_MEMBERS = 100_000  # of a tar file, before its PKG-INFO
-MAX_EXPANSION = 100  # times its size; source text packs 3 to 10 times
-MIN_EXPANDED = 64 << 20  # bytes that any archive may expand to, however small
+MAX_METADATA = 4 << 20  # bytes; with a long README, metadata on PyPI has up to 1 MiB
+MAX_PIECE = 8 << 20  # bytes of one read; the directory of a zip with 80,000 files
+MAX_MEMBERS = 100_000  # members of a tar file that are read to find its PKG-INFO
+MAX_EXPANSION = 100  # times its packed size; source text unpacks to 3 to 10 times
+MIN_EXPANDED = 64 << 20  # bytes; also a small archive may unpack to this size
 
 _METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
 _PKG_INFO = re.compile(r"(\./)?[^/]+/PKG-INFO")
 
 
 class CoreMetadata(NamedTuple):
-    """The fields of core metadata that an index needs, and its bytes."""
+    """The fields of core metadata that an index needs, and all its bytes."""
 
     name: str
     version: str
@@ -803,22 +804,22 @@ class CoreMetadata(NamedTuple):
     text: bytes
 
 
-class Bounded(io.BufferedIOBase):
-    """A file that refuses to be read in one large piece, or beyond an end."""
+class BoundedFile(io.BufferedIOBase):
+    """A file that refuses large reads, and reads beyond `end`."""
 
     def __init__(self, source: IO[bytes], end: int) -> None:
         self._source, self._end = source, end
 
     def read(self, size: int | None = -1) -> bytes:
-        least = MAX_PIECE + 1 if size is None or size < 0 else min(size, MAX_PIECE + 1)
-        data = self._source.read(least)
+        most = MAX_PIECE + 1
+        data = self._source.read(most if size is None or size < 0 else min(size, most))
         if len(data) > MAX_PIECE or self._source.tell() > self._end:
-            raise ArchiveError("it expands to more than an honest archive would")
+            raise ArchiveError("it unpacks to too many bytes")
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
         if whence == 0 and not 0 <= offset <= self._end:
-            raise ArchiveError("it points beyond its end")
+            raise ArchiveError("it refers to bytes beyond its end")
         return self._source.seek(offset, whence)
 
     def tell(self) -> int:
@@ -829,34 +830,38 @@ class Bounded(io.BufferedIOBase):
 
 
 def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetadata:
-    """Read METADATA out of a wheel, PKG-INFO out of an sdist, or raise ArchiveError."""
+    """Read METADATA from a wheel or PKG-INFO from an sdist of `size` bytes.
+
+    Raises ArchiveError if the archive is broken. Errors of `source` pass unchanged.
+    """
     try:
         if filename.endswith((".whl", ".zip")):
             name = _METADATA if filename.endswith(".whl") else _PKG_INFO
             return _parse_metadata(_zip_member(source, size, name))
         return _parse_metadata(_tar_member(source, size))
-    except (ArchiveError, MemoryError, HTTPError):
+    except (ArchiveError, HTTPError, MemoryError, OSError):
         raise
-    except Exception as fault:  # zipfile, tarfile and zlib raise some ten kinds
-        if isinstance(fault, OSError) and fault.errno:  # the disk's fault
-            raise
+    except Exception as fault:  # zipfile, tarfile and zlib raise about ten kinds
         raise ArchiveError(f"it cannot be read: {fault}") from fault
 
 
 def _zip_member(source: IO[bytes], size: int, name: re.Pattern[str]) -> bytes:
-    import zipfile  # 10 ms, and only uploads and new files need it
+    import zipfile  # takes 10 ms; only uploads and new files need it
 
-    with zipfile.ZipFile(Bounded(source, size)) as archive:
-        found = [i for i in archive.infolist() if name.fullmatch(i.filename)]
-        if len(found) != 1:
-            raise ArchiveError(
-                f"it has {len(found)} files like {name.pattern!r}, not 1"
-            )
-        # Only stored and deflated: the other kinds expand without a bound.
-        if found[0].file_size > MAX_METADATA or found[0].compress_type not in (0, 8):
-            raise ArchiveError(f"{found[0].filename} is too large, or oddly packed")
-        with archive.open(found[0]) as member:
-            return member.read(MAX_METADATA)
+    try:
+        archive = zipfile.ZipFile(BoundedFile(source, size))
+    except zipfile.BadZipFile as fault:
+        if isinstance(fault.__context__, OSError):  # zipfile hides errors of its source
+            raise fault.__context__ from None
+        raise
+    members = [m for m in archive.infolist() if name.fullmatch(m.filename)]
+    if len(members) != 1:
+        raise ArchiveError(f"it has {len(members)} files like {name.pattern!r}, not 1")
+    # Only stored and deflated members: the other methods unpack without a bound.
+    if members[0].file_size > MAX_METADATA or members[0].compress_type not in (0, 8):
+        raise ArchiveError(f"{members[0].filename} is too large, or packed unusually")
+    with archive.open(members[0]) as member:
+        return member.read(MAX_METADATA)
 
 
 def _tar_member(source: IO[bytes], size: int) -> bytes:
@@ -864,19 +869,22 @@ def _tar_member(source: IO[bytes], size: int) -> bytes:
     import tarfile
 
     end = max(MIN_EXPANDED, MAX_EXPANSION * size)
-    plain = Bounded(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
-    with tarfile.open(fileobj=plain, mode="r:") as archive:
-        last = -1
-        for _ in range(MAX_MEMBERS):
-            member = archive.next()
-            if not member or member.offset <= last:  # CVE-2025-8194: it goes backwards
-                break
-            last = member.offset
-            if _PKG_INFO.fullmatch(member.name) and member.isreg():
-                content = archive.extractfile(member)
-                if content and member.size <= MAX_METADATA:
-                    return content.read()
-            archive.members.clear()  # type: ignore[attr-defined]  # it keeps them all
+    unpacked = BoundedFile(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
+    try:
+        with tarfile.open(fileobj=unpacked, mode="r:") as archive:
+            last = -1
+            for _ in range(MAX_MEMBERS):
+                member = archive.next()
+                if not member or member.offset <= last:  # CVE-2025-8194: a loop
+                    break
+                last = member.offset
+                if _PKG_INFO.fullmatch(member.name) and member.isreg():
+                    content = archive.extractfile(member)
+                    if content and member.size <= MAX_METADATA:
+                        return content.read()
+                archive.members.clear()  # type: ignore[attr-defined]  # saves memory
+    except gzip.BadGzipFile as fault:  # an OSError, but not one of the source
+        raise ArchiveError(f"it cannot be read: {fault}") from fault
     raise ArchiveError("it has no PKG-INFO that can be read")
 
 

@@ -1054,9 +1054,8 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
 
 
 def archive_name(archive: str) -> str:
-    return (
-        WHEEL2 if archive.endswith(".whl") else f"acme-2.0.{archive.partition('.')[2]}"
-    )
+    kind = archive.partition(".")[2]
+    return WHEEL2 if kind == "whl" else f"acme-2.0.{kind}"
 
 
 @pytest.fixture
@@ -1107,32 +1106,57 @@ def test_bad_archive_dropped_by_hand_is_served_without_metadata(
     assert client.get(f"/packages/acme/{name}.metadata").status == 404
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        (WHEEL, make_wheel(requires_python=">=3.8, <4")),
-        (SDIST, make_sdist(requires_python=">=3.8, <4")),
-        (
-            "acme-1.0.zip",
-            make_zip({"acme-1.0/PKG-INFO": make_metadata(requires_python=">=3.8, <4")}),
-        ),
-        (
-            SDIST,
-            make_tar({"./acme-1.0/PKG-INFO": make_metadata("acme", "1", ">=3.8, <4")}),
-        ),
-    ],
-    ids=["wheel", "tar.gz", "zip", "dot-slash"],
-)
+PYTHON = ">=3.8, <4"
+INFO1 = make_metadata(requires_python=PYTHON)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    pytest.param(WHEEL, make_wheel(requires_python=PYTHON), id="wheel"),
+    pytest.param(SDIST, make_sdist(requires_python=PYTHON), id="tar.gz"),
+    pytest.param("acme-1.0.zip", make_zip({"acme-1.0/PKG-INFO": INFO1}), id="zip"),
+    pytest.param(SDIST, make_tar({"./acme-1.0/PKG-INFO": INFO1}), id="dot-slash"),
+])  # fmt: skip
 def test_requires_python_is_read_from_the_archive(
     client: Client, name: str, content: bytes
 ) -> None:
     assert client.upload(name, content).status == 200
-    assert client.page()["files"][name]["requires-python"] == ">=3.8, <4"
-    (client.root / "acme" / name).rename(
-        client.root / name
-    )  # and of a file dropped by hand
+    assert client.page()["files"][name]["requires-python"] == PYTHON
+    (client.root / "acme" / name).rename(client.root / name)  # as if dropped by hand
     again = Client(make_app(client.root)).page()["files"][name]
-    assert again["requires-python"] == ">=3.8, <4"
+    assert again["requires-python"] == PYTHON
+
+
+class StoreError(OSError):
+    """What a bucket's stream raises; it has no errno."""
+
+
+class Failing(io.BytesIO):
+    """A source that fails after some reads."""
+
+    def __init__(self, data: bytes, reads: int) -> None:
+        super().__init__(data)
+        self.reads = reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads -= 1
+        if self.reads < 0:
+            raise StoreError("x")
+        return super().read(size)
+
+
+@pytest.mark.parametrize(("name", "content"), [(WHEEL, W2), (SDIST, S2)])
+def test_error_of_the_source_is_not_taken_for_a_broken_archive(
+    name: str, content: bytes
+) -> None:
+    """Whichever read it comes from; zipfile hides that of its first one."""
+    for reads in itertools.count():
+        source = Failing(content, reads)
+        with contextlib.suppress(StoreError):
+            pypi_ae.read_core_metadata(source, name, len(content))
+            break
+    assert reads >= 2
+    with pytest.raises(StoreError, match="x"):
+        pypi_ae.read_core_metadata(Failing(content, 0), name, len(content))
 
 
 # ---- 7. Listings ---------------------------------------------------------------------
