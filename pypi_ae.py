@@ -288,22 +288,16 @@ def _password_file(said: Mapping[str, str]) -> Path | None:
 
 
 # ---- 3. Names and versions -----------------------------------------------------------
-# A file name is taken apart once, here, into project and version; what does not come
-# apart is not a distribution and is never listed, served or stored.
+# A file name is split here into project and version. A name that cannot be split is
+# not a distribution: it is never listed, served or stored.
 
-# Common file systems take names of 255 bytes: in these, and with ".metadata" and the
-# generation of an object in a cache, at most.
+# File names may have 255 bytes. The cache adds a prefix and a suffix, so a name
+# gets 215.
 _NAME = re.compile(r"[A-Z0-9]([A-Z0-9._-]{0,213}[A-Z0-9])?", re.I | re.ASCII)
 _RUNS = re.compile(r"[-_.]+")
 _SAFE = re.compile(r"[A-Z0-9][A-Z0-9._+!-]{0,214}", re.I | re.ASCII)
-_BUILT = (
-    re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I),
-    re.compile(r"([^-]+)-([^-]+)(?:-py\d[\d.]*(?:-.+)?)?\.egg", re.I),
-    re.compile(
-        r"(.+?)-(\d[^-]*?)(?:\.(?:win|linux)[\w-]*?)?(?:-py\d[\d.]*)?\.(?:exe|msi)",
-        re.I,
-    ),
-)
+_WHEEL = re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I)
+_EGG = re.compile(r"([^-]+)-([^-]+)(?:-py\d[\d.]*(?:-.+)?)?\.egg", re.I)
 _SDIST = re.compile(r"(.+)\.(?:tar\.gz|zip|tgz|tar\.bz2|tar\.xz|tar\.Z|tar)", re.I)
 _VERSION = re.compile(
     r"""v? (?:(?P<epoch>\d+)!)? (?P<release>\d+(?:\.\d+)*)
@@ -313,35 +307,38 @@ _VERSION = re.compile(
     (?:\+(?P<local>[a-z0-9]+(?:[-_.][a-z0-9]+)*))?""",
     re.X | re.I | re.ASCII,
 )
-UPLOADABLE = (".whl", ".tar.gz", ".zip")  # what PyPI takes: wheels and sdists
+MAX_VERSION = 200  # letters; a longer one is no version, so that int() stays fast
+UPLOADABLE = (".whl", ".tar.gz", ".zip")  # wheels and sdists, as PyPI takes them
 
 
 class Parsed(NamedTuple):
+    """A distribution's file name, checked and split."""
+
     filename: Filename
     project: Project
     version: str
 
 
 def normalize(name: str) -> str:
-    """Fold the spellings of a project's name into one (PEP 503)."""
+    """Normalise a project's name (PEP 503)."""
     return _RUNS.sub("-", name).lower()
 
 
 def to_project(name: str) -> Project | None:
-    """Check and normalise a project's name; None if it is not one (PEP 508)."""
+    """Check and normalise a project's name; None if it is not valid (PEP 508)."""
     return Project(normalize(name)) if _NAME.fullmatch(name) else None
 
 
-@lru_cache(maxsize=4096)  # each look at a project takes the same names apart
 def parse_filename(name: str, project: str = "") -> Parsed | None:
-    """Take a distribution's file name apart (PEP 427, PEP 625 and older spellings).
+    """Split a distribution's file name (PEP 427, PEP 625, and older forms).
 
-    An old sdist's name can be read in more than one way; `project` says which is meant.
+    The name of an old sdist can be split in more than one way. If one of them gives
+    `project`, that one is used.
     """
     if not _SAFE.fullmatch(name):
         return None
     parts: Sequence[str] | None = None
-    if match := next(filter(None, (kind.fullmatch(name) for kind in _BUILT)), None):
+    if match := _WHEEL.fullmatch(name) or _EGG.fullmatch(name):
         parts = match.groups()
     elif match := _SDIST.fullmatch(name):
         parts = _split_sdist(match[1], project)
@@ -350,19 +347,18 @@ def parse_filename(name: str, project: str = "") -> Parsed | None:
 
 
 def _split_sdist(stem: str, project: str) -> tuple[str, str] | None:
-    """Split name-version at the last hyphen that leaves a version (PEP 440)."""
+    """Split name-version at the last hyphen before a valid version, if there is one."""
     cuts = [match.start() for match in re.finditer("-", stem)]
     splits = [(stem[:cut], stem[cut + 1 :]) for cut in reversed(cuts)]
-    meant = [split for split in splits if normalize(split[0]) == project]
+    of_project = [split for split in splits if normalize(split[0]) == project]
     valid = [split for split in splits if _VERSION.fullmatch(split[1])]
-    return next(iter(meant + valid + splits), None)
+    return next(iter(of_project + valid + splits), None)
 
 
-@lru_cache(maxsize=4096)  # sorted, listed, rendered: the same few versions
 def version_key(version: str) -> tuple[Any, ...]:
-    """The order of PEP 440, equal for equal versions; what is none sorts first."""
-    match = _VERSION.fullmatch(version.strip())
-    if not match or len(version) > 200:  # longer is no version; int() stays cheap
+    """Sort key by PEP 440. Equal versions get equal keys; invalid ones sort first."""
+    match = _VERSION.fullmatch(version.strip()) if len(version) <= MAX_VERSION else None
+    if not match:
         return (False, version)
     part = match.groupdict()
     release = tuple(int(n) for n in part["release"].split("."))
@@ -374,7 +370,7 @@ def version_key(version: str) -> tuple[Any, ...]:
 
 
 def _pre(part: Mapping[str, str | None]) -> tuple[Any, ...]:
-    if letters := part["pre"]:  # alpha < beta < rc, which c, pre and preview also mean
+    if letters := part["pre"]:  # alpha < beta < rc; c, pre and preview mean rc
         kind = letters[0].lower()
         return (1, kind if kind in "ab" else "rc", int(part["pre_n"] or 0))
     return (0,) if part["dev"] and not part["post"] else (2,)
