@@ -520,15 +520,15 @@ def already_exists(request: Request, filename: str) -> HTTPError:
 
 
 # ---- 5. Users and passwords ----------------------------------------------------------
-# An htpasswd file is read when it changes, every line checked at once. One table maps
-# the formats to the functions that compute their digests. A login that was right is
-# remembered by a keyed hash, in memory, until the file changes.
+# The htpasswd file is read again when it changes, and all its lines are checked. One
+# table maps each hash format to the function that computes it. Verified logins are
+# remembered in memory, by a keyed hash, until the file changes.
 
-SCRYPT_LN = 14  # 2**14 * 8 * 128 bytes are 16 MiB, some 40 ms: fits a 384 MB instance
-# with two workers, as each runs one check at a time.
-MAX_AUTHORIZATION = 4096  # bytes; sha-crypt's time grows with the password's length
+# A check takes 16 MiB (2**14 * 8 * 128 bytes) and about 40 ms. Only one runs at a time.
+SCRYPT_LN = 14
+MAX_AUTHORIZATION = 4096  # bytes; sha-crypt takes longer for a longer password
 NO_USERS = (
-    "Nobody may do this, as there are no users. Make one on the server with: "
+    "This needs a user, but there are no users. Add one on the server with: "
     "python pypi_ae.py passwd htpasswd.txt USER"
 )
 _ITOA64 = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -538,9 +538,9 @@ Check = Callable[[bytes], bool]
 
 
 def hash_password(password: str) -> str:
-    """Hash a password for an htpasswd line or get_app(users=...), with scrypt."""
+    """Hash a password with scrypt, for an htpasswd line or get_app(users=...)."""
     cost, salt = (str(SCRYPT_LN), "8", "1"), _b64(os.urandom(16))
-    digest = _scrypt(password.encode(), *cost, salt, "A" * 43)
+    digest = _scrypt(password.encode(), *cost, salt, _b64(bytes(32)))
     return "$scrypt$ln={},r={},p={}$".format(*cost) + f"{salt}${digest}"
 
 
@@ -549,21 +549,16 @@ def _b64(data: bytes) -> str:
 
 
 def _unb64(text: str) -> bytes:
-    return base64.b64decode(text.replace(".", "+") + "=" * (-len(text) % 4))
+    return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
 def _scrypt(password: bytes, ln: str, r: str, p: str, salt: str, digest: str) -> str:
+    """Compute $scrypt$ as passlib writes it; `digest` gives the length."""
     cost = {"n": 1 << int(ln), "r": int(r), "p": int(p)}
-    memory = 128 * cost["r"] * (cost["n"] + cost["p"] + 2) + (1 << 20)  # and slack
+    memory = 128 * cost["r"] * (cost["n"] + cost["p"] + 2) + (1 << 20)  # 1 MiB spare
     size = len(_unb64(digest))
     key = hashlib.scrypt(password, salt=_unb64(salt), maxmem=memory, dklen=size, **cost)
     return _b64(key)
-
-
-def _pbkdf2(password: bytes, name: str, rounds: str, salt: str, digest: str) -> str:
-    size, name = len(_unb64(digest)), name or "sha1"
-    key = hashlib.pbkdf2_hmac(name, password, _unb64(salt), int(rounds), size)
-    return _b64(key).replace("+", ".")
 
 
 def _sha1(password: bytes, digest: str) -> str:
@@ -573,12 +568,12 @@ def _sha1(password: bytes, digest: str) -> str:
 def _bcrypt(password: bytes, digest: str) -> str:
     import bcrypt
 
-    # bcrypt has always ignored what follows the 72nd byte; its package now refuses it.
+    # bcrypt uses 72 bytes of a password. Its package now refuses longer ones.
     return str(bcrypt.hashpw(password[:72], digest.encode()).decode())
 
 
 def _md5_crypt(password: bytes, magic: str, salt: str, digest: str) -> str:
-    """$1$ and $apr1$, as FreeBSD and Apache define them."""
+    """Compute $1$ and $apr1$, as FreeBSD and Apache define them."""
     salted, length = salt.encode(), len(password)
     fill = _fill(hashlib.md5(password + salted + password).digest(), length)
     start = password + f"${magic}$".encode() + salted + fill
@@ -590,12 +585,9 @@ def _md5_crypt(password: bytes, magic: str, salt: str, digest: str) -> str:
 
 
 def _sha_crypt(password: bytes, kind: str, rounds: str, salt: str, digest: str) -> str:
-    """$5$ and $6$ (Drepper, "Unix crypt using SHA-256 and SHA-512")."""
-    name, salted, length = (
-        {"5": "sha256", "6": "sha512"}[kind],
-        salt.encode(),
-        len(password),
-    )
+    """Compute $5$ and $6$ (Drepper, "Unix crypt using SHA-256 and SHA-512")."""
+    name = "sha256" if kind == "5" else "sha512"
+    salted, length = salt.encode(), len(password)
     first = hashlib.new(name, password + salted + password).digest()
     start = password + salted + _fill(first, length)
     for i in range(length.bit_length()):
@@ -614,6 +606,7 @@ def _sha_crypt(password: bytes, kind: str, rounds: str, salt: str, digest: str) 
 
 
 def _stir(name: str, start: bytes, p: bytes, s: bytes, rounds: int) -> bytes:
+    """Hash again and again; `p` and `s` come from the password and the salt."""
     digest = hashlib.new(name, start).digest()
     for i in range(rounds):
         middle = (s if i % 3 else b"") + (p if i % 7 else b"")
@@ -631,15 +624,12 @@ def _to64(digest: bytes, *places: int) -> str:
     return "".join(_ITOA64[value >> 6 * i & 63] for i in range(4))
 
 
-_B64 = r"((?:[\w./+]{4})*[\w./+]{2,4})"
+# A check that needs more than 256 MB would kill the instance.
+_SCRYPT_COST = r"ln=(1[0-7]|[1-9]),r=(1[0-6]|[1-9]),p=([1-9])"
+_B64 = r"((?:[A-Za-z\d+/]{4})*[A-Za-z\d+/]{2,4})"
 _SCHEMES: tuple[tuple[str, Compute], ...] = (
-    # Up to 256 MB a check; more would end the instance, not the password's search.
-    (
-        rf"\$scrypt\$ln=(1[0-7]|[1-9]),r=(1[0-6]|[1-9]),p=([1-9])\${_B64}\${_B64}",
-        _scrypt,
-    ),
-    (rf"\$pbkdf2(?:-(sha1|sha256|sha512))?\$([1-9]\d{{0,7}})\${_B64}\${_B64}", _pbkdf2),
-    (r"\{SHA\}([\w/+]{27}=)", _sha1),
+    (rf"\$scrypt\${_SCRYPT_COST}\${_B64}\${_B64}", _scrypt),
+    (r"\{SHA\}([A-Za-z\d+/]{27}=)", _sha1),
     (r"\$(apr1|1)\$([^$]{0,8})\$([./\w]{22})", _md5_crypt),
     (r"\$(5)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{43})", _sha_crypt),
     (r"\$(6)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{86})", _sha_crypt),
@@ -649,90 +639,85 @@ _SCHEMES: tuple[tuple[str, Compute], ...] = (
 
 def password_check(stored: str, where: str) -> Check:
     """Make the check of one stored hash; raise SettingsError if it cannot be used."""
-    anew = "set that password anew with: python pypi_ae.py passwd FILE USER"
+    again = "set this password again with: python pypi_ae.py passwd FILE USER"
     for pattern, compute in _SCHEMES:
         if match := re.fullmatch(pattern, stored, re.ASCII):
-            if compute is _bcrypt and not _has_bcrypt():
+            if compute is _bcrypt and not find_spec("bcrypt"):
                 need = "a bcrypt hash needs the package bcrypt"
-                raise SettingsError(f"{where}: {need}. pip install bcrypt, or {anew}")
+                raise SettingsError(f"{where}: {need}. pip install bcrypt, or {again}")
             return partial(_is_right, compute, match.groups())
-    kind = "DES crypt" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
+    kind = "DES crypt hash" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
     if match := re.match(r"\$[^$]*\$|\{\w+\}", stored):
-        kind = f"the format {match[0]}"
-    raise SettingsError(f"{where}: {kind} is not accepted here; {anew}")
+        kind = f"{match[0]} hash"
+    raise SettingsError(f"{where}: this {kind} cannot be used; {again}")
 
 
 def _is_right(compute: Compute, groups: Sequence[str], password: bytes) -> bool:
     return hmac.compare_digest(compute(password, *groups), groups[-1])
 
 
-def _has_bcrypt() -> bool:
-    try:
-        import bcrypt  # noqa: F401 - only whether it is there
-    except ImportError:
-        return False
-    return True
-
-
 class Logins(NamedTuple):
-    """One reading of the users: its stamp, a check per user, logins that were right."""
+    """The users at one state of their file, and the logins verified since then."""
 
-    stamp: object
-    checks: dict[str, Check]
-    right: dict[bytes, str]
+    state: object
+    checks: dict[str, Check]  # by user
+    verified: dict[bytes, str]  # user by keyed hash of the credentials
 
 
 class Users:
-    """Who is who, from a mapping of user to hash or from a file in htpasswd format."""
+    """Verifies users, from a mapping of user to hash or from an htpasswd file."""
 
     def __init__(self, source: Mapping[str, str] | Path | None) -> None:
         self._path = source if isinstance(source, Path) else None
         self._secret = os.urandom(32)
-        self._one_at_a_time = threading.Lock()  # see SCRYPT_LN
+        self._one_at_a_time = threading.Lock()  # a check takes 16 MiB or more
         users = source.items() if isinstance(source, Mapping) else ()
         checks = {user: password_check(h, f"user {user!r}") for user, h in users}
         self._logins = Logins(None, checks, {})
         self.logins()
 
     def logins(self) -> Logins:
-        """The users as they are now; the file is read again when it has changed."""
-        if self._path and (stamp := stamp_of(self._path)) != self._logins.stamp:
-            text = self._path.read_text("utf-8", "replace") if stamp else ""
+        """Return the users. A file that has changed is read again."""
+        if self._path and (state := file_state(self._path)) != self._logins.state:
+            text = self._path.read_text("utf-8", "replace") if state else ""
             checks = dict(_read_users(text, self._path.name))
-            self._logins = Logins(stamp, checks, {})
+            self._logins = Logins(state, checks, {})
         return self._logins
 
     def verify(self, header: str) -> str:
         """Return the user of a Basic Authorization header (RFC 7617).
 
-        Raises 401 for credentials that are missing or wrong, 403 if there are no users.
+        Raises 401 if the credentials are missing or wrong, 403 if there are no users.
         """
         logins = self.logins()
         if not logins.checks:
             raise HTTPError(403, NO_USERS)
         credentials = header.encode("latin-1", "replace")[: MAX_AUTHORIZATION + 1]
         key = hashlib.blake2b(credentials, key=self._secret, digest_size=16).digest()
-        if user := logins.right.get(key):
+        if user := logins.verified.get(key):
             return user
         user, password = _basic(credentials)
-        # An unknown user costs what a known one does: somebody else's check is run.
+        # For an unknown user, the check of another user takes the same time.
         decoys = list(logins.checks.values())
         decoy = decoys[zlib.crc32(user.encode() + self._secret) % len(decoys)]
         with self._one_at_a_time:
             right = logins.checks.get(user, decoy)(password)
         if not right or user not in logins.checks:
             raise _unauthorized(f"The password for user {user!r} is not right.")
-        logins.right[key] = user
+        logins.verified[key] = user
         return user
 
 
-def stamp_of(path: Path | str) -> tuple[int, int, int] | None:
-    """What tells one state of a file from the next; None when there is none."""
+def file_state(path: Path | str) -> tuple[int, int, int] | None:
+    """Return size, mtime and inode of a file; None if it cannot be looked at."""
     try:
-        found = os.stat(path)
-    except OSError:  # it is not there, or as good as that: a loop, a closed folder
+        status = os.stat(path)
+    except OSError:  # no such file, a loop of links, or a closed folder
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+stamp_of = file_state  # TEMPORARY
 
 
 def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
@@ -741,12 +726,12 @@ def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
         if not line.strip() or user.startswith("#"):
             continue
         if not user or not colon:
-            raise SettingsError(f"{name}, line {number}: it should read USER:HASH.")
+            raise SettingsError(f"{name}, line {number}: write the line as USER:HASH.")
         yield user, password_check(stored, f"{name}, line {number} (user {user!r})")
 
 
 def _basic(credentials: bytes) -> tuple[str, bytes]:
-    """Take Basic credentials apart; raise 401 for what are none."""
+    """Split Basic credentials into user and password; raise 401 if that fails."""
     if not credentials:
         raise _unauthorized("This needs a user and a password (HTTP Basic).")
     scheme, _, encoded = credentials.partition(b" ")
@@ -756,12 +741,12 @@ def _basic(credentials: bytes) -> tuple[str, bytes]:
         pair = _utf8(base64.b64decode(encoded.strip(), validate=True))
         user, password = pair.split(b":", 1)
         return user.decode(), password
-    except ValueError:  # binascii.Error and UnicodeDecodeError are kinds of it
+    except ValueError:  # binascii.Error and UnicodeDecodeError are subclasses
         raise _unauthorized("The Authorization header is not HTTP Basic.") from None
 
 
 def _utf8(sent: bytes) -> bytes:
-    """Requests (pip, twine) sends latin-1 where RFC 7617, and uv, have UTF-8."""
+    """Return UTF-8, as uv sends it (RFC 7617). pip and twine send Latin-1."""
     try:
         sent.decode()
     except UnicodeDecodeError:
@@ -770,9 +755,8 @@ def _utf8(sent: bytes) -> bytes:
 
 
 def _unauthorized(message: str) -> HTTPError:
-    return HTTPError(
-        401, message, WWW_Authenticate='Basic realm="pypi", charset="UTF-8"'
-    )
+    challenge = 'Basic realm="pypi", charset="UTF-8"'
+    return HTTPError(401, message, WWW_Authenticate=challenge)
 
 
 # ---- 6. Archives ---------------------------------------------------------------------
