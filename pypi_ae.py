@@ -2381,21 +2381,22 @@ def _file_body(
 
 
 # ---- 12. Uploads ---------------------------------------------------------------------
-# The legacy form (multipart/form-data, RFC 7578) streams: bytes go into the parser,
-# events come out, and one loop hashes and writes the file as it arrives. All else in
-# the form is small, and bounded. A file gets its name when every check has passed.
+# The legacy upload form is multipart/form-data (RFC 7578). Its bytes go into the parser
+# as they arrive, and events come out. Form hashes the content and writes it to a
+# staging file. All other fields are small, and bounded. A staged file gets its name
+# when all checks have passed.
 
-MAX_PART_HEADERS = 8 << 10  # bytes; clients send some 150
-MAX_FIELD = 4 << 20  # bytes; a description may be as long as the metadata it comes from
-MAX_FIELDS = 2000  # classifiers, requirements and URLs repeat, each a field of its own
-MAX_FORM = 8 << 20  # bytes of all fields but the file together
-MAX_DRAIN = 32 << 20  # bytes read after a refusal: some clients listen only then
-KEPT_FIELDS = {":action", "name", "version", "filetype", "gpg_signature"}
+MAX_PART_HEADERS = 8 << 10  # bytes; clients send about 150
+MAX_FIELD = 4 << 20  # bytes; a description may be as long as all core metadata
+MAX_FIELDS = 2000  # each classifier, requirement and URL is a field of its own
+MAX_FORM = 8 << 20  # bytes of all fields together, without the file
+MAX_DRAIN = 32 << 20  # bytes; some clients read the answer only after they sent all
 DIGESTS: dict[str, Callable[[], Any]] = {
     "sha256_digest": hashlib.sha256,
     "md5_digest": partial(hashlib.md5, usedforsecurity=False),
     "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
 }
+KEPT_FIELDS = {":action", "name", "version", "filetype", *DIGESTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -2418,16 +2419,16 @@ Event = PartBegins | PartData | PartEnds
 
 
 class MultipartParser:
-    """Bytes in, events out; holds no more than a chunk and a boundary.
+    """Takes bytes, gives events; keeps no more than a chunk and a boundary.
 
-    States follow RFC 2046, 5.1.1: preamble, then per part headers and body, then the
-    epilogue. Raises HTTPError 400 for what is malformed and 413 for too much of it.
+    The states follow RFC 2046, 5.1.1: the preamble, then headers and body of each part,
+    then the epilogue. Raises HTTPError 400 for a malformed form, 413 for a large one.
     """
 
     def __init__(self, boundary: bytes) -> None:
         self._mark = b"\r\n--" + boundary
-        self._rest = b"\r\n"  # so that the first boundary looks like all others
-        self._at = 0  # what comes before is done with, and cut off once per feed
+        self._rest = b"\r\n"  # lets the first boundary begin like the others
+        self._at = 0  # index in _rest of the first byte that is not yet read
         self._step: Callable[[], Event | None] | None = self._preamble
         self._parts = 0
 
@@ -2437,11 +2438,11 @@ class MultipartParser:
             if event := step():
                 yield event
             elif step is self._step:
-                return  # it needs more bytes
-        self._at = len(self._rest)  # the epilogue is nobody's
+                return  # this step needs more bytes
+        self._at = len(self._rest)  # the epilogue is ignored
 
     def close(self) -> None:
-        """Say that no bytes follow."""
+        """Check that the form was complete."""
         if self._step:
             raise HTTPError(400, "The form ends before its closing boundary.")
 
@@ -2456,22 +2457,21 @@ class MultipartParser:
         if self._rest.startswith(b"--", self._at):
             self._step = None
             return
-        line = self._rest[self._at : self._at + 202]  # RFC 2046 lets spaces follow
+        line = self._rest[self._at : self._at + 202]  # spaces may follow (RFC 2046)
         padding, end, _ = line.partition(b"\r\n")
+        # A line that is not complete may end with the first half of "\r\n" or "--".
         blank = padding if end else padding.removesuffix(b"\r").removesuffix(b"-")
         if blank.strip(b" \t") or len(padding) > 200:
             raise HTTPError(400, "A boundary of the form is followed by other text.")
-        if end:  # stays: headers, of which there may be none, follow a line's end
+        if end:  # keep it: a part without headers is this line end and another
             self._at, self._step = self._at + len(padding), self._headers
 
     def _headers(self) -> Event | None:
         head = self._rest[self._at : self._at + MAX_PART_HEADERS + 4]
         head, end, _ = head.partition(b"\r\n\r\n")
         if len(head) > MAX_PART_HEADERS or self._parts >= MAX_FIELDS:
-            limits = f"{MAX_FIELDS} fields, {MAX_PART_HEADERS} bytes of headers in each"
-            raise HTTPError(
-                413, f"The form has too many parts: {limits} are the limits."
-            )
+            most = f"{MAX_FIELDS} parts, with {MAX_PART_HEADERS} bytes of headers each"
+            raise HTTPError(413, f"The form is too large: it may have {most}.")
         if not end:
             return None
         self._parts += 1
@@ -2492,7 +2492,7 @@ class MultipartParser:
 
 _DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*(;.*)", re.I)
 _PARAMETER = re.compile(rb';[ \t]*(name|filename)=(?:"([^"\r\n]*)"|([^;"\s]+))')
-_CODED = re.compile(
+_ENCODED = re.compile(
     rb"content-transfer-encoding:[ \t]*(?!(binary|7bit|8bit)[ \t]*$)", re.I
 )
 
@@ -2500,12 +2500,12 @@ _CODED = re.compile(
 def _part(head: bytes) -> PartBegins:
     """Read the headers of a part (RFC 7578, 4.2)."""
     lines = head.split(b"\r\n")
-    found = [match[1] for line in lines if (match := _DISPOSITION.fullmatch(line))]
-    if len(found) != 1 or any(map(_CODED.match, lines)):
+    matches = [match for line in lines if (match := _DISPOSITION.fullmatch(line))]
+    if len(matches) != 1 or any(map(_ENCODED.match, lines)):
         raise HTTPError(400, "A part of the form is not plain form-data with a name.")
     values = {
-        k: (a or b).decode("utf-8", "replace")
-        for k, a, b in _PARAMETER.findall(found[0])
+        key: (quoted or token).decode("utf-8", "replace")
+        for key, quoted, token in _PARAMETER.findall(matches[0][1])
     }
     if b"name" not in values:
         raise HTTPError(400, "A part of the form has no name.")
@@ -2513,22 +2513,22 @@ def _part(head: bytes) -> PartBegins:
 
 
 class Form:
-    """What an upload said, and its content, staged in a file as it arrives."""
+    """The fields of an upload, and its file, which is staged as it arrives."""
 
     def __init__(self, staging: Path) -> None:
         self.fields: dict[str, str] = {}
-        self.filename, self.signature = "", b""
+        self.filename = ""
         self.staged: Path | None = None
         self.size = 0
-        self.digests: dict[
-            str, Any
-        ] = {}  # hashes of the content, by their fields' names
+        self.digests: dict[str, Any] = {}  # hashes of the file, by name of their field
         self._staging = staging
         self._file: BinaryIO | None = None
         self._field = ""
         self._value = bytearray()
         self._total = 0
         self._hashing: threading.Thread | None = None
+
+    signature = b""  # TEMPORARY
 
     def take(self, event: Event) -> None:
         if isinstance(event, PartBegins):
@@ -2544,29 +2544,27 @@ class Form:
         if self._file:
             self._file.close()
             self._file = None
-        self._hashed()
+        self._wait_for_hash()
 
     def _begin(self, part: PartBegins) -> None:
         self._field, self._value = part.name, bytearray()
         if part.name != "content":
             return
         if self.staged:
-            raise HTTPError(
-                400, "The form has two files in 'content'; send one a request."
-            )
+            raise HTTPError(400, "The form has two files in 'content'; send only one.")
         self.filename = part.filename or ""
         self._file = open_staged(self._staging)
         self.staged = Path(self._file.name)
-        # A digest that follows the file is rare; it is computed from the staged file.
+        # Most clients send digests first. Others are computed from the staged file.
         names = {"sha256_digest"} | self.fields.keys() & DIGESTS.keys()
         self.digests = {name: DIGESTS[name]() for name in names}
 
     def _write(self, file: BinaryIO, data: bytes) -> None:
-        """Write a piece; a large one is hashed while the next is on its way.
+        """Write a chunk. A thread hashes a large one while the next one arrives.
 
-        Hashing takes longer than all else, and neither needs the other's processor.
+        Hashing takes most of the time of an upload, and it can use another processor.
         """
-        self._hashed()
+        self._wait_for_hash()
         if len(data) > SMALL:
             hashing = threading.Thread(target=self._hash, args=(data,))
             hashing.start()
@@ -2580,8 +2578,7 @@ class Form:
         for digest in self.digests.values():
             digest.update(data)
 
-    def _hashed(self) -> None:
-        """Wait until what was written is hashed."""
+    def _wait_for_hash(self) -> None:
         if self._hashing:
             self._hashing.join()
             self._hashing = None
@@ -2590,32 +2587,28 @@ class Form:
         self._total += len(data)
         if self._total > MAX_FORM or len(self._value) + len(data) > MAX_FIELD:
             raise HTTPError(413, f"The field {self._field!r} makes the form too long.")
-        if self._field in KEPT_FIELDS or self._field in DIGESTS:
+        if self._field in KEPT_FIELDS:
             self._value += data
 
     def _end(self) -> None:
         if self._file:
-            os.fsync(self._file.fileno())  # what is acknowledged outlives a power cut
+            os.fsync(self._file.fileno())  # an acknowledged upload survives a power cut
             self.close()
-        elif self._field in KEPT_FIELDS or self._field in DIGESTS:
+        elif self._field in KEPT_FIELDS:
             if self._field in self.fields:
-                raise HTTPError(400, f"The field {self._field!r} is there twice.")
-            if self._field == "gpg_signature":
-                self.signature = bytes(self._value)
-                self._value.clear()
+                raise HTTPError(400, f"The form has two fields {self._field!r}.")
             try:
                 self.fields[self._field] = self._value.decode()
             except UnicodeDecodeError:
-                raise HTTPError(
-                    400, f"The field {self._field!r} is not UTF-8."
-                ) from None
+                why = f"The field {self._field!r} is not UTF-8."
+                raise HTTPError(400, why) from None
 
 
 def read_form(app: App, request: Request) -> Form:
-    """Read an upload's form; its file is staged, and gone when the request is over."""
+    """Read an upload's form. Its staged file is deleted after the request."""
     length, limit = content_length(request), app.settings.max_upload
     if limit and length > limit:
-        why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} of them."
+        why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} bytes."
         raise HTTPError(413, why)
     parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
     form = Form(app.files.staging)
@@ -2640,14 +2633,17 @@ def content_length(request: Request) -> int:
     return int(text)
 
 
+_MULTIPART = re.compile(  # a boundary has up to 70 letters (RFC 2046, 5.1.1)
+    r'multipart/form-data *;(?:.*;)? *boundary=("?)([^\s";]{1,70})\1 *(?:;.*)?',
+    re.I | re.ASCII,
+)
+
+
 def _boundary(content_type: str) -> bytes:
-    pattern = (
-        r'multipart/form-data *;(?:.*;)? *boundary=("?)([^\s";]{1,70})\1 *(?:;.*)?'
-    )
-    match = re.fullmatch(pattern, content_type, re.I | re.ASCII)
-    if not match:  # 70 letters: RFC 2046, 5.1.1
-        why = f"Content-Type is {content_type!r}, not multipart/form-data."
-        raise HTTPError(400, why)
+    match = _MULTIPART.fullmatch(content_type)
+    if not match:
+        need = "send multipart/form-data with a boundary"
+        raise HTTPError(400, f"Content-Type is {content_type!r}; {need}.")
     return match[2].encode()
 
 
@@ -2655,7 +2651,10 @@ def read_body(request: Request, length: int) -> Iterator[bytes]:
     """Read a request's body of exactly `length` bytes, in chunks."""
     request.unread = length
     while request.unread:
-        chunk = request.environ["wsgi.input"].read(min(request.unread, CHUNK))
+        try:
+            chunk = request.environ["wsgi.input"].read(min(request.unread, CHUNK))
+        except OSError as fault:  # the client is gone; gunicorn has its own kinds
+            raise HTTPError(400, f"The body cannot be read: {fault}.") from fault
         if not chunk:
             short = f"The body ends {request.unread} bytes before its Content-Length."
             raise HTTPError(400, short)
@@ -2664,8 +2663,8 @@ def read_body(request: Request, length: int) -> Iterator[bytes]:
 
 
 def drain(request: Request) -> None:
-    """Read what is left of a refused body: clients that still send see no answer."""
-    with contextlib.suppress(HTTPError, OSError):  # no body, or its client is gone
+    """Read the rest of a refused body: a client that still sends sees no answer."""
+    with contextlib.suppress(HTTPError):  # there is no body, or the client is gone
         left = content_length(request) if request.unread is None else request.unread
         if left <= MAX_DRAIN:
             for _ in read_body(request, left):

@@ -1984,6 +1984,15 @@ def test_upload_without_digests_and_with_few_fields_is_taken(client: Client) -> 
     assert client.page()["files"][WHEEL]["size"] == len(make_wheel())
 
 
+def test_signature_is_accepted_and_dropped(client: Client) -> None:
+    """As on PyPI since 2023. Old clients still send one."""
+    form = upload_form(WHEEL, make_wheel(), gpg_signature=b"\xff\0")
+    form.insert(2, ("gpg_signature", f"{WHEEL}.asc", b"again"))
+    assert client.post(form).status == 200
+    assert set(client.page()["files"]) == {WHEEL}
+    assert not list(client.root.rglob("*.asc"))
+
+
 @pytest.mark.parametrize("folder", ["acme", "", "ACME"])
 @pytest.mark.parametrize(
     ("agent", "status"),
@@ -2043,16 +2052,14 @@ def test_remove_pkg_removes_one_version_however_it_is_spelled(root: Path) -> Non
     for version in ("1.0", "1.0.1"):
         name = f"Acme.Tools-{version}-py3-none-any.whl"
         content = make_wheel("Acme.Tools", version)
-        assert client.upload(name, content, gpg_signature="sig").status == 200
+        assert client.upload(name, content).status == 200
     (root / "acme_tools-1.0.0.tar.gz").write_bytes(b"loose")
     (root / "acme_tools-1.0.0.tar.gz.yanked").write_bytes(b"no")
     form = [field(":action", "remove_pkg"), field("name", "ACME_tools")]
     assert client.post([*form, field("version", "v1.0.0")]).status == 200
     assert set(client.page("acme-tools")["files"]) == {name}
-    assert {path for path in snapshot(root) if not path.startswith(".")} == {
-        f"acme-tools/{name}",
-        f"acme-tools/{name}.asc",
-    }
+    left = {path for path in snapshot(root) if not path.startswith(".")}
+    assert left == {f"acme-tools/{name}"}
     assert client.post([*form, field("version", "1.0")]).status == 404
     assert client.post([*form, field("version", "1.0.1")]).status == 200
     assert client.get("/simple/acme-tools/").status == 404
@@ -2081,6 +2088,18 @@ class Body:
 
 
 MULTIPART = {"content_type": "multipart/form-data; boundary=b0"}
+
+
+@pytest.mark.parametrize("url", ["/", "/RPC2"])
+def test_body_that_cannot_be_read_is_400(client: Client, url: str) -> None:
+    """The client is gone. Servers have their own kinds of OSError for that."""
+
+    def leave() -> None:
+        raise OSError("No more data")
+
+    answer = client.send("POST", url, Body(GOOD, 200, leave), **MULTIPART)
+    assert (answer.status, "No more data" in answer.reason) == (400, True)
+    assert snapshot(client.root) == {}
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same", "different"])
@@ -2135,7 +2154,7 @@ def test_crash_at_any_step_leaves_the_old_or_the_new(
 ) -> None:
     """Each step that the process makes in the file system is once its last."""
     old, new, overwrite = make_wheel(), make_wheel(code=b"new"), folder is not None
-    body = encode(upload_form(WHEEL, new, gpg_signature="sig"))
+    body = encode(upload_form(WHEEL, new))
     seen = set()
     for steps in range(100):
         root = tmp_path / str(steps)
@@ -2364,7 +2383,6 @@ BAD = [
     bad_upload("another sha256", 400, sha256_digest="0" * 64),
     bad_upload("another md5", 400, md5_digest="0" * 32),
     bad_upload("no blake2", 400, blake2_256_digest="\0"),
-    bad_upload("a huge signature", 413, gpg_signature="x" * 5_000_000),
     bad_upload("other bytes", 409, WHEEL, make_wheel(code=b"1"), version="1.0"),
     bad_upload("an sdist's bytes", 400, content=S2),
     bad_upload("a wheel's bytes", 400, "acme-2.0.tar.gz", W2),
@@ -2405,22 +2423,11 @@ def test_bad_request_does_not_harm_the_next(stocked: Client) -> None:
 
 def mutate(data: bytes, dice: random.Random) -> bytes:
     """Spoil a few places: change, insert, cut out or repeat."""
-    words = [
-        b"\r\n",
-        b"--b0",
-        b'"',
-        b";",
-        b"\0",
-        b"\xff",
-        b"name=",
-        b"PK\5\6",
-        b"\x7f" * 4,
-    ]
+    words = b'\r\n --b0 " ; \0 \xff name= PK\5\6 \x7f\x7f\x7f\x7f'.split(b" ")
     for _ in range(dice.randint(1, 5)):
         at, to = sorted(dice.randrange(len(data) + 1) for _ in "ab")
-        put = dice.choice(
-            [b"", data[to : to + 99], dice.choice(words), dice.randbytes(4)]
-        )
+        puts = [b"", data[to : to + 99], dice.choice(words), dice.randbytes(4)]
+        put = dice.choice(puts)
         data = data[:at] + put + data[dice.choice([at, at + len(put), at + 99, to]) :]
     return data
 
