@@ -103,16 +103,16 @@ __all__ = ["App", "HTTPError", "Request", "Response", "get_app", "hash_password"
 log = logging.getLogger("pypi_ae")
 
 # ---- 1. Words and errors -------------------------------------------------------------
-# A string that was checked has its own type, made in one place: a name is joined to a
-# path only as Filename or Project; markup leaves only as Html; errors know a status.
+# Each kind of checked string has a type of its own, which one function makes. Only a
+# Filename or a Project is joined to a path. Only Html is sent as markup.
 
 Project = NewType("Project", str)  # a normalised project name (PEP 503): "acme-tools"
 Filename = NewType("Filename", str)  # a distribution's name, safe to join to a path
-Html = NewType("Html", str)  # text in which everything foreign is escaped
+Html = NewType("Html", str)  # markup in which all foreign text is escaped
 
 
 class HTTPError(Exception):
-    """An answer that is not a success: its status (int) and a sentence for a person."""
+    """A refusal or a failure: its HTTP status, and a sentence for a person."""
 
     def __init__(self, status: int, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -122,24 +122,24 @@ class HTTPError(Exception):
 
 
 class SettingsError(ValueError):
-    """A setting that cannot work; says which, its value, and what to change."""
+    """A setting cannot work. The message gives its name, its value and what to do."""
 
 
 class ArchiveError(ValueError):
-    """A wheel or sdist out of which core metadata cannot be read; says why."""
+    """The core metadata of a wheel or sdist cannot be read. The message says why."""
 
 
 # ---- 2. Settings ---------------------------------------------------------------------
-# Keywords of get_app are turned into the words of the environment, so that one reader
-# checks both. Nothing else in this file looks at the environment. "" is the default.
+# get_app turns its keywords into names of the environment, so that one function checks
+# both. A variable that is empty has its default.
 
-WORDS = {
+DEFAULTS = {
     "LOCAL_PACKAGE_DIRECTORY": "",
     "TIER": "dev",
     "BUCKET_NAME": "",
     "REMOTE_PACKAGE_DIRECTORY": "",
     "SYNC_SECONDS": "1",
-    # Two workers, their uploads and this fit the 384 MB of App Engine's smallest class.
+    # App Engine's smallest class has 384 MB, for the workers, uploads and this cache.
     "CACHE_MB": "100",
     "PASSWORD_FILE": "",
     "AUTHENTICATE": "update",
@@ -156,11 +156,11 @@ HOSTED = ("GAE_ENV", "K_SERVICE")  # set by App Engine and by Cloud Run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the environment says, checked. Sizes in bytes; 0 means no bound."""
+    """The checked settings. Sizes are in bytes; 0 means no bound."""
 
     root: Path
     bucket_name: str
-    remote: str  # prefix in the bucket; without one, a directory that stands for it
+    remote: str  # prefix in the bucket; without a bucket, a directory in its place
     sync_seconds: float
     cache_bytes: int
     password_file: Path | None
@@ -176,48 +176,51 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read all settings; raise SettingsError for one that cannot work."""
-        said = {
-            w: environ.get(w, "").strip() or default for w, default in WORDS.items()
+        """Read and check all settings; raise SettingsError for one that cannot work."""
+        values = {
+            name: environ.get(name, "").strip() or default
+            for name, default in DEFAULTS.items()
         }
-        hosted = any(word in environ for word in HOSTED)
-        # The platforms end requests above 32 MB without a reason; we can give one.
-        said["MAX_UPLOAD_MB"] = said["MAX_UPLOAD_MB"] or ("32" if hosted else "0")
-        root, remote = _places(said)
+        hosted = any(name in environ for name in HOSTED)
+        # Google cuts off requests above 32 MB. Our own limit answers with a reason.
+        values["MAX_UPLOAD_MB"] = values["MAX_UPLOAD_MB"] or ("32" if hosted else "0")
+        root, remote = _directories(values)
         return cls(
             root=root,
-            bucket_name=said["BUCKET_NAME"],
+            bucket_name=values["BUCKET_NAME"],
             remote=remote,
-            sync_seconds=_number(said, "SYNC_SECONDS"),
-            cache_bytes=int(_number(said, "CACHE_MB") * 1_000_000),
-            password_file=_password_file(said),
-            authenticate=_actions(said["AUTHENTICATE"]),
-            fallback_url=_url(said, "FALLBACK_URL"),
-            private_names=tuple(map(normalize, _split(said["PRIVATE_NAMES"]))),
-            overwrite=_yes_or_no(said, "OVERWRITE"),
-            max_upload=int(_number(said, "MAX_UPLOAD_MB") * 1_000_000),
-            health_endpoint=_endpoint(said["HEALTH_ENDPOINT"]),
-            welcome_file=_file(said, "WELCOME_FILE"),
+            sync_seconds=_number(values, "SYNC_SECONDS"),
+            cache_bytes=int(_number(values, "CACHE_MB") * 1_000_000),
+            password_file=_password_file(values),
+            authenticate=_actions(values["AUTHENTICATE"]),
+            fallback_url=_url(values, "FALLBACK_URL"),
+            private_names=tuple(map(normalize, _split(values["PRIVATE_NAMES"]))),
+            overwrite=_yes_or_no(values, "OVERWRITE"),
+            max_upload=int(_number(values, "MAX_UPLOAD_MB") * 1_000_000),
+            health_endpoint=_endpoint(values["HEALTH_ENDPOINT"]),
+            welcome_file=_file(values, "WELCOME_FILE"),
             hosted=hosted,
             cloud_project=environ.get("GOOGLE_CLOUD_PROJECT", ""),
         )
 
 
-def _places(said: Mapping[str, str]) -> tuple[Path, str]:
-    """The local directory, and the remote one; as the ancestor of this program did."""
-    tier, bucket = said["TIER"], said["BUCKET_NAME"]
+def _directories(values: Mapping[str, str]) -> tuple[Path, str]:
+    """Return the local directory and the remote one."""
+    tier, bucket = values["TIER"], values["BUCKET_NAME"]
     if tier != "dev" and not bucket:
-        raise SettingsError(
-            f"TIER is {tier!r}, which needs a bucket: set BUCKET_NAME, or leave TIER "
-            "out to serve a local directory."
-        )
+        need = "it needs a bucket: set BUCKET_NAME, or use TIER=dev for a directory"
+        raise _bad("TIER", tier, need)
     default = "packages" if tier == "dev" else "/tmp/packages"
-    root = Path(said["LOCAL_PACKAGE_DIRECTORY"] or default)
-    remote = said["REMOTE_PACKAGE_DIRECTORY"]
+    root = Path(values["LOCAL_PACKAGE_DIRECTORY"] or default)
+    remote = values["REMOTE_PACKAGE_DIRECTORY"]
     if remote and not bucket and Path(remote).absolute() == root.absolute():
         same = "LOCAL_PACKAGE_DIRECTORY and REMOTE_PACKAGE_DIRECTORY are both"
         raise SettingsError(f"{same} {remote!r}; leave the second out to serve it.")
     return root, remote or ("packages" if bucket else "")
+
+
+def _bad(name: str, value: str, rule: str) -> SettingsError:
+    return SettingsError(f"{name} is {value!r}; {rule}.")
 
 
 def _split(text: str) -> list[str]:
@@ -225,66 +228,61 @@ def _split(text: str) -> list[str]:
 
 
 def _actions(text: str) -> frozenset[str]:
-    words = frozenset(_split(text))
-    if words == {"."}:
+    actions = frozenset(_split(text))
+    if actions == {"."}:
         return frozenset()
-    if not words <= {"list", "download", "update"}:
-        raise SettingsError(
-            f"AUTHENTICATE is {text!r}; it takes list, download and update, separated "
-            'by commas, or "." alone when nothing needs a user.'
-        )
-    return words
+    if not actions <= {"list", "download", "update"}:
+        rule = 'it takes list, download and update, or "." if no action needs a user'
+        raise _bad("AUTHENTICATE", text, rule)
+    return actions
 
 
-def _yes_or_no(said: Mapping[str, str], name: str) -> bool:
-    if said[name].lower() not in YES + NO:
-        raise SettingsError(f"{name} is {said[name]!r}; say yes or no.")
-    return said[name].lower() in YES
+def _yes_or_no(values: Mapping[str, str], name: str) -> bool:
+    if values[name].lower() not in YES + NO:
+        raise _bad(name, values[name], "it takes yes or no")
+    return values[name].lower() in YES
 
 
-def _number(said: Mapping[str, str], name: str) -> float:
-    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", said[name], re.ASCII):
-        raise SettingsError(f"{name} is {said[name]!r}; it takes a number, 0 or more.")
-    return float(said[name])
+def _number(values: Mapping[str, str], name: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", values[name], re.ASCII):
+        raise _bad(name, values[name], "it takes a number, 0 or more")
+    return float(values[name])
 
 
-def _url(said: Mapping[str, str], name: str) -> str:
-    if said[name] and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", said[name]):
-        raise SettingsError(f"{name} is {said[name]!r}; it takes an http(s) URL.")
-    return said[name].rstrip("/")
+def _url(values: Mapping[str, str], name: str) -> str:
+    if values[name] and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", values[name]):
+        raise _bad(name, values[name], "it takes an http(s) URL without a query")
+    return values[name].rstrip("/")
 
 
 def _endpoint(path: str) -> str:
     if not re.fullmatch(r"/[a-z0-9/_-]*[a-z0-9_-]", path, re.I | re.ASCII):
-        raise SettingsError(f"HEALTH_ENDPOINT is {path!r}; it takes a path: /health.")
+        raise _bad("HEALTH_ENDPOINT", path, "it takes a path such as /health")
     if path.split("/")[1] in ("simple", "packages", "pypi", "legacy", "RPC2"):
-        raise SettingsError(f"HEALTH_ENDPOINT is {path!r}, which has another use here.")
+        raise _bad("HEALTH_ENDPOINT", path, "this path is in use; take another")
     return path
 
 
-def _file(said: Mapping[str, str], name: str) -> Path | None:
-    if said[name] and not (
-        os.path.isfile(said[name]) and os.access(said[name], os.R_OK)
-    ):
-        raise SettingsError(f"{name} is {said[name]!r}, which is not a readable file.")
-    return Path(said[name]) if said[name] else None
+def _file(values: Mapping[str, str], name: str) -> Path | None:
+    path = values[name]
+    if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise _bad(name, path, "there is no such file, or it cannot be read")
+    return Path(path) if path else None
 
 
-def _password_file(said: Mapping[str, str]) -> Path | None:
-    """The file of users: as set, or htpasswd.txt here or beside this module.
+def _password_file(values: Mapping[str, str]) -> Path | None:
+    """Return the file of users: as set, or htpasswd.txt here or beside this module.
 
-    The default need not exist: it is used from the moment somebody makes it.
+    The default file need not exist. It is read as soon as it is there.
     """
-    if said["PASSWORD_FILE"] == ".":  # pypiserver's word for "no passwords"
-        if said["AUTHENTICATE"] != ".":
-            raise SettingsError(
-                "-P . (no passwords) needs -a . (nothing needs a user)."
-            )
+    if values["PASSWORD_FILE"] == ".":  # as in pypiserver: no passwords
+        if values["AUTHENTICATE"] != ".":
+            raise SettingsError("-P . (no passwords) also needs -a . (no users).")
         return None
     here = Path("htpasswd.txt").absolute()
     beside = Path(__file__).with_name("htpasswd.txt")
     default = beside if beside.is_file() and not here.is_file() else here
-    return _file(said, "PASSWORD_FILE") or default
+    return _file(values, "PASSWORD_FILE") or default
 
 
 # ---- 3. Names and versions -----------------------------------------------------------
@@ -3183,8 +3181,8 @@ def get_app(
     if root:
         settings["local_package_directory"] = root
     said = {name.upper(): _as_text(value) for name, value in settings.items()}
-    if unknown := sorted(said.keys() - WORDS.keys()):
-        known = ", ".join(WORDS).lower()
+    if unknown := sorted(said.keys() - DEFAULTS.keys()):
+        known = ", ".join(DEFAULTS).lower()
         raise SettingsError(
             f"get_app() knows no {unknown[0].lower()!r}; it has {known}."
         )
@@ -3238,25 +3236,24 @@ def _mirror(settings: Settings) -> Mirror:
 
 
 # ---- 15. Command line ----------------------------------------------------------------
-# pypiserver's flags where they make sense; each is a setting under another name, so the
-# environment, keywords and flags cannot disagree about what is allowed.
+# The flags are those of pypiserver, as far as they make sense. Each one sets a keyword
+# of get_app, so flags, keywords and environment are checked in the same way.
 
 FLAGS = (
     (("-P", "--passwords"), "password_file", "file of users, in htpasswd format"),
     (("-a", "--authenticate"), "authenticate", "actions that need a user, or ."),
-    (("--fallback-url",), "fallback_url", "redirect unknown projects to this index"),
     (("--health-endpoint",), "health_endpoint", "path that answers Ok (/health)"),
     (("--welcome",), "welcome_file", "HTML file of the start page"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"run": run, "passwd": set_password, "tidy": tidy}
-    named = arguments[:1] and arguments[0] in commands
+    name = arguments.pop(0) if arguments and arguments[0] in commands else "run"
     try:
-        return commands[arguments.pop(0) if named else "run"](arguments)
+        return commands[name](arguments)
     except (SettingsError, OSError, HTTPError) as fault:
         print(f"pypi_ae: {fault}", file=sys.stderr)
         return 2
@@ -3272,9 +3269,11 @@ def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted: python pypi_ae.py [run] [DIR] [flags]."""
     import argparse
 
-    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "pypi_ae.py", None, __doc__, formatter_class=layout
+        "pypi_ae.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # a flag that is not given sets nothing
     )
     parser.add_argument("root", nargs="?", metavar="DIR", help="packages (./packages)")
     port = os.environ.get("PORT", "8080")
@@ -3283,41 +3282,42 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(*host, dest="host", default="127.0.0.1", help="127.0.0.1")
     for names, setting, text in FLAGS:
         parser.add_argument(*names, dest=setting, help=text, metavar="VALUE")
+    fallback = parser.add_mutually_exclusive_group()
+    text = "redirect unknown projects to this index"
+    fallback.add_argument("--fallback-url", help=text, metavar="VALUE")
+    fallback.add_argument(
+        "--disable-fallback",
+        dest="fallback_url",
+        action="store_const",
+        const="",
+        help="the default",
+    )
     parser.add_argument("-o", "--overwrite", action="store_const", const="yes")
-    parser.add_argument("--disable-fallback", action="store_true", help="the default")
-    parser.add_argument("-v", "--verbose", action="count", help="log every request")
-    given = {
-        k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None
-    }
-    address, verbose = (given.pop("host"), _port(given.pop("port"))), "verbose" in given
-    given.pop("verbose", None)
-    if given.pop("disable_fallback"):
-        if "fallback_url" in given:
-            raise SettingsError(
-                "--disable-fallback and --fallback-url exclude each other."
-            )
-        given["fallback_url"] = ""
+    parser.add_argument("-v", "--verbose", action="store_true", help="log all requests")
+    given = vars(parser.parse_args(arguments))
+    address = given.pop("host"), _port(given.pop("port"))
+    verbose = given.pop("verbose", False)
     app = get_app(**given)
     app.verbose = verbose
     return serve(app, *address)
 
 
 def serve(app: App, host: str, port: int) -> int:
-    """Answer requests with wsgiref, a thread each, until interrupted."""
+    """Answer requests with wsgiref, each in a thread, until interrupted."""
     import socketserver
     from wsgiref import simple_server
 
     class Server(socketserver.ThreadingMixIn, simple_server.WSGIServer):
         daemon_threads = True
-        request_queue_size = 128  # uv opens dozens of connections at once; 5 lose some
+        request_queue_size = 128  # uv opens many connections at once; 5 are too few
 
-    class Handler(simple_server.WSGIRequestHandler):
+    class QuietHandler(simple_server.WSGIRequestHandler):
         timeout = 60  # seconds; a client that is silent for longer is gone
 
         def log_message(self, *_: object) -> None:
-            """Say nothing: the app logs what matters."""
+            """Log nothing here: the app has its own log."""
 
-    server = simple_server.make_server(host, port, app, Server, Handler)
+    server = simple_server.make_server(host, port, app, Server, QuietHandler)
     print(start_message(app, host, server.server_port), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -3325,7 +3325,7 @@ def serve(app: App, host: str, port: int) -> int:
 
 
 def start_message(app: App, host: str, port: int) -> str:
-    """What is served, where, who may upload, and the commands to copy."""
+    """Say what is served, where, who may upload, and which commands to use."""
     shown = "localhost" if host in ("", "0.0.0.0", "::") else host
     url, users = f"http://{shown}:{port}/", sorted(app.users.logins().checks)
     uploads = ", ".join(users[:5]) + (" ..." if users[5:] else "")
@@ -3362,33 +3362,31 @@ def set_password(arguments: Sequence[str]) -> int:
     import argparse
     import getpass
 
-    parser = argparse.ArgumentParser(
-        "pypi_ae.py passwd", description=set_password.__doc__
-    )
+    about = set_password.__doc__
+    parser = argparse.ArgumentParser("pypi_ae.py passwd", description=about)
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("user", metavar="USER")
     parser.add_argument("--stdin", action="store_true", help="read the password there")
     given = parser.parse_args(arguments)
-    if (
-        not re.fullmatch(r"[^\s:#]([^:]*[^\s:])?", given.user)
-        or not given.user.isprintable()
-    ):
-        raise SettingsError(f"{given.user!r} cannot be a user: no colon, no # first.")
+    valid = re.fullmatch(r"[^\s:#]([^:]*[^\s:])?", given.user)
+    if not valid or not given.user.isprintable():
+        rule = "a user has no colon, no # first, and no space first or last"
+        raise SettingsError(f"{given.user!r} cannot be a user: {rule}.")
     if given.stdin:
         password = sys.stdin.readline().rstrip("\r\n")
     else:
         password = getpass.getpass(f"Password for {given.user}: ")
-        if password != getpass.getpass("Once more: "):
+        if password != getpass.getpass("The same again: "):
             raise SettingsError("The two passwords differ; nothing was changed.")
     if not password:
-        raise SettingsError("An empty password is none; nothing was changed.")
+        raise SettingsError("The password is empty; nothing was changed.")
     _write_user(given.file, given.user, hash_password(password))
     print(f"{given.file}: user {given.user!r} is set.")
     return 0
 
 
 def _write_user(path: Path, user: str, stored: str) -> None:
-    """Put one line into the file, at one stroke; other lines stay as they are."""
+    """Set one user's line, and keep the others. The new file replaces the old one."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.partition(":")[0].strip() != user]
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600

@@ -344,7 +344,7 @@ def make_app(root: Path, **settings: Any) -> App:
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting and no file of this machine reaches a test."""
     monkeypatch.chdir(tmp_path)
-    for word in (*pypi_ae.WORDS, "GAE_ENV", "K_SERVICE", "PORT"):
+    for word in (*pypi_ae.DEFAULTS, "GAE_ENV", "K_SERVICE", "PORT"):
         monkeypatch.delenv(word, raising=False)
 
 
@@ -472,7 +472,8 @@ def test_settings_have_the_documented_defaults() -> None:
 
 def test_empty_variable_means_the_default(root: Path) -> None:
     """Nobody opens an index for writing by an unset variable of a shell."""
-    assert Settings.from_env(dict.fromkeys(pypi_ae.WORDS, "")) == Settings.from_env({})
+    empty = dict.fromkeys(pypi_ae.DEFAULTS, "")
+    assert Settings.from_env(empty) == Settings.from_env({})
     app = get_app(root=root, authenticate=None)
     assert Client(app).upload(WHEEL, make_wheel()).status == 403
 
