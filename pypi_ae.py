@@ -105,22 +105,26 @@ if TYPE_CHECKING:
 
     from gcs_rest import Bucket, Object
 
+if sys.version_info < (3, 11):  # noqa: UP036 - anybody may start it with any Python
+    why = f"pypi_ae needs Python 3.11 or later; this is {sys.version.split()[0]}."
+    raise SystemExit(why) if __name__ == "__main__" else ImportError(why)
+
 __version__ = "1.0.0"
 __all__ = ["App", "HTTPError", "Request", "Response", "get_app", "hash_password"]
 
 log = logging.getLogger("pypi_ae")
 
 # ---- 1. Words and errors -------------------------------------------------------------
-# A string that was checked has its own type, made in one place: a name is joined to a
-# path only as Filename or Project; markup leaves only as Html; errors know a status.
+# Each kind of checked string has a type of its own, which one function makes. Only a
+# Filename or a Project is joined to a path. Only Html is sent as markup.
 
 Project = NewType("Project", str)  # a normalised project name (PEP 503): "acme-tools"
 Filename = NewType("Filename", str)  # a distribution's name, safe to join to a path
-Html = NewType("Html", str)  # text in which everything foreign is escaped
+Html = NewType("Html", str)  # markup in which all foreign text is escaped
 
 
 class HTTPError(Exception):
-    """An answer that is not a success: its status (int) and a sentence for a person."""
+    """A refusal or a failure: its HTTP status, and a sentence for a person."""
 
     def __init__(self, status: int, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -130,16 +134,16 @@ class HTTPError(Exception):
 
 
 class SettingsError(ValueError):
-    """A setting that cannot work; says which, its value, and what to change."""
+    """A setting cannot work. The message gives its name, its value and what to do."""
 
 
 class ArchiveError(ValueError):
-    """A wheel or sdist out of which core metadata cannot be read; says why."""
+    """The core metadata of a wheel or sdist cannot be read. The message says why."""
 
 
 # ---- 2. Settings ---------------------------------------------------------------------
-# Keywords of get_app are turned into the words of the environment, so that one reader
-# checks both. Nothing else in this file looks at the environment. "" is the default.
+# get_app turns its keywords into names of the environment, so that one function checks
+# both. A variable that is empty has its default.
 
 DEFAULTS = {
     "LOCAL_PACKAGE_DIRECTORY": "",
@@ -147,7 +151,7 @@ DEFAULTS = {
     "BUCKET_NAME": "",
     "REMOTE_PACKAGE_DIRECTORY": "",
     "SYNC_SECONDS": "1",
-    # Two workers, their uploads and this fit the 384 MB of App Engine's smallest class.
+    # App Engine's smallest class has 384 MB, for the workers, uploads and this cache.
     "CACHE_MB": "100",
     "PASSWORD_FILE": "",
     "AUTHENTICATE": "update",
@@ -164,7 +168,7 @@ HOSTED = ("GAE_ENV", "K_SERVICE")  # set by App Engine and by Cloud Run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the environment says, checked. Sizes in bytes; 0 means no bound."""
+    """The checked settings. Sizes are in bytes; 0 means no bound."""
 
     root: Path
     bucket_name: str
@@ -184,46 +188,50 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read all settings; raise SettingsError for one that cannot work."""
-        said = {
-            w: environ.get(w, "").strip() or default for w, default in DEFAULTS.items()
+        """Read and check all settings; raise SettingsError for one that cannot work."""
+        values = {
+            name: environ.get(name, "").strip() or default
+            for name, default in DEFAULTS.items()
         }
-        hosted = any(word in environ for word in HOSTED)
-        # The platforms end requests above 32 MB without a reason; we can give one.
-        said["MAX_UPLOAD_MB"] = said["MAX_UPLOAD_MB"] or ("32" if hosted else "0")
-        root, remote = _places(said)
+        hosted = any(name in environ for name in HOSTED)
+        # Google cuts off requests above 32 MB. Our own limit answers with a reason.
+        values["MAX_UPLOAD_MB"] = values["MAX_UPLOAD_MB"] or ("32" if hosted else "0")
+        root, remote = _directories(values)
         return cls(
             root=root,
-            bucket_name=said["BUCKET_NAME"],
+            bucket_name=values["BUCKET_NAME"],
             remote=remote,
-            sync_seconds=_number(said, "SYNC_SECONDS"),
-            cache_bytes=int(_number(said, "CACHE_MB") * 1_000_000),
-            password_file=_password_file(said),
-            authenticate=_actions(said["AUTHENTICATE"]),
-            fallback_url=_url(said, "FALLBACK_URL"),
-            private_names=tuple(map(normalize, _split(said["PRIVATE_NAMES"]))),
-            overwrite=_yes_or_no(said, "OVERWRITE"),
-            max_upload=int(_number(said, "MAX_UPLOAD_MB") * 1_000_000),
-            health_endpoint=_endpoint(said["HEALTH_ENDPOINT"]),
-            welcome_file=_file(said, "WELCOME_FILE"),
+            sync_seconds=_number(values, "SYNC_SECONDS"),
+            cache_bytes=int(_number(values, "CACHE_MB") * 1_000_000),
+            password_file=_password_file(values),
+            authenticate=_actions(values["AUTHENTICATE"]),
+            fallback_url=_url(values, "FALLBACK_URL"),
+            private_names=tuple(map(normalize, _split(values["PRIVATE_NAMES"]))),
+            overwrite=_yes_or_no(values, "OVERWRITE"),
+            max_upload=int(_number(values, "MAX_UPLOAD_MB") * 1_000_000),
+            health_endpoint=_endpoint(values["HEALTH_ENDPOINT"]),
+            welcome_file=_file(values, "WELCOME_FILE"),
             hosted=hosted,
             cloud_project=environ.get("GOOGLE_CLOUD_PROJECT", ""),
         )
 
 
-def _places(said: Mapping[str, str]) -> tuple[Path, str]:
-    """The local directory, and the remote one; as the ancestor of this program did."""
-    tier, bucket = said["TIER"], said["BUCKET_NAME"]
+def _directories(values: Mapping[str, str]) -> tuple[Path, str]:
+    """Return the local directory and the remote one."""
+    tier, bucket = values["TIER"], values["BUCKET_NAME"]
     if tier != "dev" and not bucket:
-        raise SettingsError(
-            f"TIER is {tier!r}, which needs a bucket: set BUCKET_NAME, or leave TIER "
-            "out to serve a local directory."
-        )
+        need = "it needs a bucket: set BUCKET_NAME, or use TIER=dev for a directory"
+        raise _bad("TIER", tier, need)
     default = "packages" if tier == "dev" else "/tmp/packages"
-    local, remote = said["LOCAL_PACKAGE_DIRECTORY"], said["REMOTE_PACKAGE_DIRECTORY"]
+    local = values["LOCAL_PACKAGE_DIRECTORY"]
+    remote = values["REMOTE_PACKAGE_DIRECTORY"]
     if not bucket:
         return Path(remote or local or default), remote
     return Path(local or default), remote or "packages"
+
+
+def _bad(name: str, value: str, rule: str) -> SettingsError:
+    return SettingsError(f"{name} is {value!r}; {rule}.")
 
 
 def _split(text: str) -> list[str]:
@@ -231,85 +239,74 @@ def _split(text: str) -> list[str]:
 
 
 def _actions(text: str) -> frozenset[str]:
-    words = frozenset(_split(text))
-    if words == {"."}:
+    actions = frozenset(_split(text))
+    if actions == {"."}:
         return frozenset()
-    if not words <= {"list", "download", "update"}:
-        raise SettingsError(
-            f"AUTHENTICATE is {text!r}; it takes list, download and update, separated "
-            'by commas, or "." alone when nothing needs a user.'
-        )
-    return words
+    if not actions <= {"list", "download", "update"}:
+        rule = 'it takes list, download and update, or "." if no action needs a user'
+        raise _bad("AUTHENTICATE", text, rule)
+    return actions
 
 
-def _yes_or_no(said: Mapping[str, str], name: str) -> bool:
-    if said[name].lower() not in YES + NO:
-        raise SettingsError(f"{name} is {said[name]!r}; say yes or no.")
-    return said[name].lower() in YES
+def _yes_or_no(values: Mapping[str, str], name: str) -> bool:
+    if values[name].lower() not in YES + NO:
+        raise _bad(name, values[name], "it takes yes or no")
+    return values[name].lower() in YES
 
 
-def _number(said: Mapping[str, str], name: str) -> float:
-    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", said[name], re.ASCII):
-        raise SettingsError(f"{name} is {said[name]!r}; it takes a number, 0 or more.")
-    return float(said[name])
+def _number(values: Mapping[str, str], name: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", values[name], re.ASCII):
+        raise _bad(name, values[name], "it takes a number, 0 or more")
+    return float(values[name])
 
 
-def _url(said: Mapping[str, str], name: str) -> str:
-    if said[name] and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", said[name]):
-        raise SettingsError(f"{name} is {said[name]!r}; it takes an http(s) URL.")
-    return said[name].rstrip("/")
+def _url(values: Mapping[str, str], name: str) -> str:
+    if values[name] and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", values[name]):
+        raise _bad(name, values[name], "it takes an http(s) URL without a query")
+    return values[name].rstrip("/")
 
 
 def _endpoint(path: str) -> str:
     if not re.fullmatch(r"/[a-z0-9/_-]*[a-z0-9_-]", path, re.I | re.ASCII):
-        raise SettingsError(f"HEALTH_ENDPOINT is {path!r}; it takes a path: /health.")
+        raise _bad("HEALTH_ENDPOINT", path, "it takes a path such as /health")
     if path.split("/")[1] in ("simple", "packages", "pypi", "legacy", "RPC2"):
-        raise SettingsError(f"HEALTH_ENDPOINT is {path!r}, which has another use here.")
+        raise _bad("HEALTH_ENDPOINT", path, "this path is in use; take another")
     return path
 
 
-def _file(said: Mapping[str, str], name: str) -> Path | None:
-    if said[name] and not (
-        os.path.isfile(said[name]) and os.access(said[name], os.R_OK)
-    ):
-        raise SettingsError(f"{name} is {said[name]!r}, which is not a readable file.")
-    return Path(said[name]) if said[name] else None
+def _file(values: Mapping[str, str], name: str) -> Path | None:
+    path = values[name]
+    if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+        raise _bad(name, path, "there is no such file, or it cannot be read")
+    return Path(path) if path else None
 
 
-def _password_file(said: Mapping[str, str]) -> Path | None:
-    """The file of users: as set, or htpasswd.txt here or beside this module.
+def _password_file(values: Mapping[str, str]) -> Path | None:
+    """Return the file of users: as set, or htpasswd.txt here or beside this module.
 
-    The default need not exist: it is used from the moment somebody makes it.
+    The default file need not exist. It is read as soon as it is there.
     """
-    if said["PASSWORD_FILE"] == ".":  # pypiserver's word for "no passwords"
-        if said["AUTHENTICATE"] != ".":
-            raise SettingsError(
-                "-P . (no passwords) needs -a . (nothing needs a user)."
-            )
+    if values["PASSWORD_FILE"] == ".":  # as in pypiserver: no passwords
+        if values["AUTHENTICATE"] != ".":
+            raise SettingsError("-P . (no passwords) also needs -a . (no users).")
         return None
     here = Path("htpasswd.txt").absolute()
     beside = Path(__file__).with_name("htpasswd.txt")
     default = beside if beside.is_file() and not here.is_file() else here
-    return _file(said, "PASSWORD_FILE") or default
+    return _file(values, "PASSWORD_FILE") or default
 
 
 # ---- 3. Names and versions -----------------------------------------------------------
-# A file name is taken apart once, here, into project and version; what does not come
-# apart is not a distribution and is never listed, served or stored.
+# A file name is split here into project and version. A name that cannot be split is
+# not a distribution: it is never listed, served or stored.
 
-# Common file systems take names of 255 bytes: in these, and with ".metadata" and the
-# generation of an object in a cache, at most.
+# File names may have 255 bytes. The cache adds a prefix and a suffix, so a name
+# gets 215.
 _NAME = re.compile(r"[A-Z0-9]([A-Z0-9._-]{0,213}[A-Z0-9])?", re.I | re.ASCII)
 _RUNS = re.compile(r"[-_.]+")
 _SAFE = re.compile(r"[A-Z0-9][A-Z0-9._+!-]{0,214}", re.I | re.ASCII)
-_BUILT = (
-    re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I),
-    re.compile(r"([^-]+)-([^-]+)(?:-py\d[\d.]*(?:-.+)?)?\.egg", re.I),
-    re.compile(
-        r"(.+?)-(\d[^-]*?)(?:\.(?:win|linux)[\w-]*?)?(?:-py\d[\d.]*)?\.(?:exe|msi)",
-        re.I,
-    ),
-)
+_WHEEL = re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-[^-]+-[^-]+-[^-]+\.whl", re.I)
+_EGG = re.compile(r"([^-]+)-([^-]+)(?:-py\d[\d.]*(?:-.+)?)?\.egg", re.I)
 _SDIST = re.compile(r"(.+)\.(?:tar\.gz|zip|tgz|tar\.bz2|tar\.xz|tar\.Z|tar)", re.I)
 _VERSION = re.compile(
     r"""v? (?:(?P<epoch>\d+)!)? (?P<release>\d+(?:\.\d+)*)
@@ -319,35 +316,39 @@ _VERSION = re.compile(
     (?:\+(?P<local>[a-z0-9]+(?:[-_.][a-z0-9]+)*))?""",
     re.X | re.I | re.ASCII,
 )
-UPLOADABLE = (".whl", ".tar.gz", ".zip")  # what PyPI takes: wheels and sdists
-VersionKey = tuple[Any, ...]  # as version_key() makes it; sorts by PEP 440
+MAX_VERSION = 200  # letters; a longer one is no version, so that int() stays fast
+UPLOADABLE = (".whl", ".tar.gz", ".zip")  # wheels and sdists, as PyPI takes them
+VersionKey = tuple[Any, ...]  # as version_key() makes it
 
 
 class Parsed(NamedTuple):
+    """A distribution's file name, checked and split."""
+
     filename: Filename
     project: Project
     version: str
 
 
 def normalize(name: str) -> str:
-    """Fold the spellings of a project's name into one (PEP 503)."""
+    """Normalise a project's name (PEP 503)."""
     return _RUNS.sub("-", name).lower()
 
 
 def to_project(name: str) -> Project | None:
-    """Check and normalise a project's name; None if it is not one (PEP 508)."""
+    """Check and normalise a project's name; None if it is not valid (PEP 508)."""
     return Project(normalize(name)) if _NAME.fullmatch(name) else None
 
 
 def parse_filename(name: str, project: str = "") -> Parsed | None:
-    """Take a distribution's file name apart (PEP 427, PEP 625 and older spellings).
+    """Split a distribution's file name (PEP 427, PEP 625, and older forms).
 
-    An old sdist's name can be read in more than one way; `project` says which is meant.
+    The name of an old sdist can be split in more than one way. If one of them gives
+    `project`, that one is used.
     """
     if not _SAFE.fullmatch(name):
         return None
     parts: Sequence[str] | None = None
-    if match := next(filter(None, (kind.fullmatch(name) for kind in _BUILT)), None):
+    if match := _WHEEL.fullmatch(name) or _EGG.fullmatch(name):
         parts = match.groups()
     elif match := _SDIST.fullmatch(name):
         parts = _split_sdist(match[1], project)
@@ -356,18 +357,18 @@ def parse_filename(name: str, project: str = "") -> Parsed | None:
 
 
 def _split_sdist(stem: str, project: str) -> tuple[str, str] | None:
-    """Split name-version at the last hyphen that leaves a version (PEP 440)."""
+    """Split name-version at the last hyphen before a valid version, if there is one."""
     cuts = [match.start() for match in re.finditer("-", stem)]
     splits = [(stem[:cut], stem[cut + 1 :]) for cut in reversed(cuts)]
-    meant = [split for split in splits if normalize(split[0]) == project]
+    of_project = [split for split in splits if normalize(split[0]) == project]
     valid = [split for split in splits if _VERSION.fullmatch(split[1])]
-    return next(iter(meant + valid + splits), None)
+    return next(iter(of_project + valid + splits), None)
 
 
 def version_key(version: str) -> VersionKey:
-    """The order of PEP 440, equal for equal versions; what is none sorts first."""
-    match = _VERSION.fullmatch(version.strip())
-    if not match or len(version) > 200:  # longer is no version; int() stays cheap
+    """Sort key by PEP 440. Equal versions get equal keys; invalid ones sort first."""
+    match = _VERSION.fullmatch(version.strip()) if len(version) <= MAX_VERSION else None
+    if not match:
         return (False, version)
     part = match.groupdict()
     release = tuple(int(n) for n in part["release"].split("."))
@@ -379,7 +380,7 @@ def version_key(version: str) -> VersionKey:
 
 
 def _pre(part: Mapping[str, str | None]) -> tuple[Any, ...]:
-    if letters := part["pre"]:  # alpha < beta < rc, which c, pre and preview also mean
+    if letters := part["pre"]:  # alpha < beta < rc; c, pre and preview mean rc
         kind = letters[0].lower()
         return (1, kind if kind in "ab" else "rc", int(part["pre_n"] or 0))
     return (0,) if part["dev"] and not part["post"] else (2,)
@@ -534,15 +535,15 @@ def already_exists(request: Request, filename: str) -> HTTPError:
 
 
 # ---- 5. Users and passwords ----------------------------------------------------------
-# An htpasswd file is read when it changes, every line checked at once. One table maps
-# the formats to the functions that compute their digests. A login that was right is
-# remembered by a keyed hash, in memory, until the file changes.
+# The htpasswd file is read again when it changes, and all its lines are checked. One
+# table maps each hash format to the function that computes it. Verified logins are
+# remembered in memory, by a keyed hash, until the file changes.
 
-SCRYPT_LN = 14  # 2**14 * 8 * 128 bytes are 16 MiB, some 40 ms: fits a 384 MB instance
-# with two workers, as each runs one check at a time.
-MAX_AUTHORIZATION = 4096  # bytes; sha-crypt's time grows with the password's length
+# A check takes 16 MiB (2**14 * 8 * 128 bytes) and about 40 ms. Only one runs at a time.
+SCRYPT_LN = 14
+MAX_AUTHORIZATION = 4096  # bytes; sha-crypt takes longer for a longer password
 NO_USERS = (
-    "Nobody may do this, as there are no users. Make one on the server with: "
+    "This needs a user, but there are no users. Add one on the server with: "
     "python pypi_ae.py passwd htpasswd.txt USER"
 )
 _ITOA64 = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -552,9 +553,9 @@ Check = Callable[[bytes], bool]
 
 
 def hash_password(password: str) -> str:
-    """Hash a password for an htpasswd line or get_app(users=...), with scrypt."""
+    """Hash a password with scrypt, for an htpasswd line or get_app(users=...)."""
     cost, salt = (str(SCRYPT_LN), "8", "1"), _b64(os.urandom(16))
-    digest = _scrypt(password.encode(), *cost, salt, "A" * 43)
+    digest = _scrypt(password.encode(), *cost, salt, _b64(bytes(32)))
     return "$scrypt$ln={},r={},p={}$".format(*cost) + f"{salt}${digest}"
 
 
@@ -563,21 +564,16 @@ def _b64(data: bytes) -> str:
 
 
 def _unb64(text: str) -> bytes:
-    return base64.b64decode(text.replace(".", "+") + "=" * (-len(text) % 4))
+    return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
 def _scrypt(password: bytes, ln: str, r: str, p: str, salt: str, digest: str) -> str:
+    """Compute $scrypt$ as passlib writes it; `digest` gives the length."""
     cost = {"n": 1 << int(ln), "r": int(r), "p": int(p)}
-    memory = 128 * cost["r"] * (cost["n"] + cost["p"] + 2) + (1 << 20)  # and slack
+    memory = 128 * cost["r"] * (cost["n"] + cost["p"] + 2) + (1 << 20)  # 1 MiB spare
     size = len(_unb64(digest))
     key = hashlib.scrypt(password, salt=_unb64(salt), maxmem=memory, dklen=size, **cost)
     return _b64(key)
-
-
-def _pbkdf2(password: bytes, name: str, rounds: str, salt: str, digest: str) -> str:
-    size, name = len(_unb64(digest)), name or "sha1"
-    key = hashlib.pbkdf2_hmac(name, password, _unb64(salt), int(rounds), size)
-    return _b64(key).replace("+", ".")
 
 
 def _sha1(password: bytes, digest: str) -> str:
@@ -587,12 +583,12 @@ def _sha1(password: bytes, digest: str) -> str:
 def _bcrypt(password: bytes, digest: str) -> str:
     import bcrypt
 
-    # bcrypt has always ignored what follows the 72nd byte; its package now refuses it.
+    # bcrypt uses 72 bytes of a password. Its package now refuses longer ones.
     return str(bcrypt.hashpw(password[:72], digest.encode()).decode())
 
 
 def _md5_crypt(password: bytes, magic: str, salt: str, digest: str) -> str:
-    """$1$ and $apr1$, as FreeBSD and Apache define them."""
+    """Compute $1$ and $apr1$, as FreeBSD and Apache define them."""
     salted, length = salt.encode(), len(password)
     fill = _fill(hashlib.md5(password + salted + password).digest(), length)
     start = password + f"${magic}$".encode() + salted + fill
@@ -604,12 +600,9 @@ def _md5_crypt(password: bytes, magic: str, salt: str, digest: str) -> str:
 
 
 def _sha_crypt(password: bytes, kind: str, rounds: str, salt: str, digest: str) -> str:
-    """$5$ and $6$ (Drepper, "Unix crypt using SHA-256 and SHA-512")."""
-    name, salted, length = (
-        {"5": "sha256", "6": "sha512"}[kind],
-        salt.encode(),
-        len(password),
-    )
+    """Compute $5$ and $6$ (Drepper, "Unix crypt using SHA-256 and SHA-512")."""
+    name = "sha256" if kind == "5" else "sha512"
+    salted, length = salt.encode(), len(password)
     first = hashlib.new(name, password + salted + password).digest()
     start = password + salted + _fill(first, length)
     for i in range(length.bit_length()):
@@ -628,6 +621,7 @@ def _sha_crypt(password: bytes, kind: str, rounds: str, salt: str, digest: str) 
 
 
 def _stir(name: str, start: bytes, p: bytes, s: bytes, rounds: int) -> bytes:
+    """Hash again and again; `p` and `s` come from the password and the salt."""
     digest = hashlib.new(name, start).digest()
     for i in range(rounds):
         middle = (s if i % 3 else b"") + (p if i % 7 else b"")
@@ -645,15 +639,12 @@ def _to64(digest: bytes, *places: int) -> str:
     return "".join(_ITOA64[value >> 6 * i & 63] for i in range(4))
 
 
-_B64 = r"((?:[\w./+]{4})*[\w./+]{2,4})"
+# A check that needs more than 256 MB would kill the instance.
+_SCRYPT_COST = r"ln=(1[0-7]|[1-9]),r=(1[0-6]|[1-9]),p=([1-9])"
+_B64 = r"((?:[A-Za-z\d+/]{4})*[A-Za-z\d+/]{2,4})"
 _SCHEMES: tuple[tuple[str, Compute], ...] = (
-    # Up to 256 MB a check; more would end the instance, not the password's search.
-    (
-        rf"\$scrypt\$ln=(1[0-7]|[1-9]),r=(1[0-6]|[1-9]),p=([1-9])\${_B64}\${_B64}",
-        _scrypt,
-    ),
-    (rf"\$pbkdf2(?:-(sha1|sha256|sha512))?\$([1-9]\d{{0,7}})\${_B64}\${_B64}", _pbkdf2),
-    (r"\{SHA\}([\w/+]{27}=)", _sha1),
+    (rf"\$scrypt\${_SCRYPT_COST}\${_B64}\${_B64}", _scrypt),
+    (r"\{SHA\}([A-Za-z\d+/]{27}=)", _sha1),
     (r"\$(apr1|1)\$([^$]{0,8})\$([./\w]{22})", _md5_crypt),
     (r"\$(5)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{43})", _sha_crypt),
     (r"\$(6)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{86})", _sha_crypt),
@@ -663,88 +654,80 @@ _SCHEMES: tuple[tuple[str, Compute], ...] = (
 
 def password_check(stored: str, where: str) -> Check:
     """Make the check of one stored hash; raise SettingsError if it cannot be used."""
-    anew = "set that password anew with: python pypi_ae.py passwd FILE USER"
+    again = "set this password again with: python pypi_ae.py passwd FILE USER"
     for pattern, compute in _SCHEMES:
         if match := re.fullmatch(pattern, stored, re.ASCII):
-            if compute is _bcrypt and not _has_bcrypt():
+            if compute is _bcrypt and not find_spec("bcrypt"):
                 need = "a bcrypt hash needs the package bcrypt"
-                raise SettingsError(f"{where}: {need}. pip install bcrypt, or {anew}")
+                raise SettingsError(f"{where}: {need}. pip install bcrypt, or {again}")
             return partial(_is_right, compute, match.groups())
-    kind = "DES crypt" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
+    kind = "DES crypt hash" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
     if match := re.match(r"\$[^$]*\$|\{\w+\}", stored):
-        kind = f"the format {match[0]}"
-    raise SettingsError(f"{where}: {kind} is not accepted here; {anew}")
+        kind = f"{match[0]} hash"
+    raise SettingsError(f"{where}: this {kind} cannot be used; {again}")
 
 
 def _is_right(compute: Compute, groups: Sequence[str], password: bytes) -> bool:
     return hmac.compare_digest(compute(password, *groups), groups[-1])
 
 
-def _has_bcrypt() -> bool:
-    try:
-        import bcrypt  # noqa: F401 - only whether it is there
-    except ImportError:
-        return False
-    return True
-
-
 class Logins(NamedTuple):
-    """One reading of the users: its stamp, a check per user, logins that were right."""
+    """The users at one state of their file, and the logins verified since then."""
 
-    stamp: object
-    checks: dict[str, Check]
-    right: dict[bytes, str]
+    state: object
+    checks: dict[str, Check]  # by user
+    verified: dict[bytes, str]  # user by keyed hash of the credentials
 
 
 class Users:
-    """Who is who, from a mapping of user to hash or from a file in htpasswd format."""
+    """Verifies users, from a mapping of user to hash or from an htpasswd file."""
 
     def __init__(self, source: Mapping[str, str] | Path | None) -> None:
         self._path = source if isinstance(source, Path) else None
         self._secret = os.urandom(32)
-        self._one_at_a_time = threading.Lock()  # see SCRYPT_LN
+        self._one_at_a_time = threading.Lock()  # a check takes 16 MiB or more
         users = source.items() if isinstance(source, Mapping) else ()
         checks = {user: password_check(h, f"user {user!r}") for user, h in users}
         self._logins = Logins(None, checks, {})
         self.logins()
 
     def logins(self) -> Logins:
-        """The users as they are now; the file is read again when it has changed."""
-        if self._path and (stamp := file_state(self._path)) != self._logins.stamp:
-            text = self._path.read_text("utf-8", "replace") if stamp else ""
+        """Return the users. A file that has changed is read again."""
+        if self._path and (state := file_state(self._path)) != self._logins.state:
+            text = self._path.read_text("utf-8", "replace") if state else ""
             checks = dict(_read_users(text, self._path.name))
-            self._logins = Logins(stamp, checks, {})
+            self._logins = Logins(state, checks, {})
         return self._logins
 
     def verify(self, header: str) -> str:
         """Return the user of a Basic Authorization header (RFC 7617).
 
-        Raises 401 for credentials that are missing or wrong, 403 if there are no users.
+        Raises 401 if the credentials are missing or wrong, 403 if there are no users.
         """
         logins = self.logins()
         if not logins.checks:
             raise HTTPError(403, NO_USERS)
         credentials = header.encode("latin-1", "replace")[: MAX_AUTHORIZATION + 1]
         key = hashlib.blake2b(credentials, key=self._secret, digest_size=16).digest()
-        if user := logins.right.get(key):
+        if user := logins.verified.get(key):
             return user
         user, password = _basic(credentials)
-        # An unknown user costs what a known one does: somebody else's check is run.
+        # For an unknown user, the check of another user takes the same time.
         decoys = list(logins.checks.values())
         decoy = decoys[zlib.crc32(user.encode() + self._secret) % len(decoys)]
         with self._one_at_a_time:
             right = logins.checks.get(user, decoy)(password)
         if not right or user not in logins.checks:
             raise _unauthorized(f"The password for user {user!r} is not right.")
-        logins.right[key] = user
+        logins.verified[key] = user
         return user
 
 
 def file_state(path: Path | str | int) -> State | None:
-    """Numbers that change with a regular file's content; None if there is none."""
+    """Return size, mtime and inode of a regular file; None if there is none."""
     try:
         status = os.stat(path)
-    except OSError:  # it is not there, or as good as that: a loop, a closed folder
+    except OSError:  # no such file, a loop of links, or a closed folder
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
@@ -757,12 +740,12 @@ def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
         if not line.strip() or user.startswith("#"):
             continue
         if not user or not colon:
-            raise SettingsError(f"{name}, line {number}: it should read USER:HASH.")
+            raise SettingsError(f"{name}, line {number}: write the line as USER:HASH.")
         yield user, password_check(stored, f"{name}, line {number} (user {user!r})")
 
 
 def _basic(credentials: bytes) -> tuple[str, bytes]:
-    """Take Basic credentials apart; raise 401 for what are none."""
+    """Split Basic credentials into user and password; raise 401 if that fails."""
     if not credentials:
         raise _unauthorized("This needs a user and a password (HTTP Basic).")
     scheme, _, encoded = credentials.partition(b" ")
@@ -772,12 +755,12 @@ def _basic(credentials: bytes) -> tuple[str, bytes]:
         pair = _utf8(base64.b64decode(encoded.strip(), validate=True))
         user, password = pair.split(b":", 1)
         return user.decode(), password
-    except ValueError:  # binascii.Error and UnicodeDecodeError are kinds of it
+    except ValueError:  # binascii.Error and UnicodeDecodeError are subclasses
         raise _unauthorized("The Authorization header is not HTTP Basic.") from None
 
 
 def _utf8(sent: bytes) -> bytes:
-    """Requests (pip, twine) sends latin-1 where RFC 7617, and uv, have UTF-8."""
+    """Return UTF-8, as uv sends it (RFC 7617). pip and twine send Latin-1."""
     try:
         sent.decode()
     except UnicodeDecodeError:
@@ -786,28 +769,28 @@ def _utf8(sent: bytes) -> bytes:
 
 
 def _unauthorized(message: str) -> HTTPError:
-    return HTTPError(
-        401, message, WWW_Authenticate='Basic realm="pypi", charset="UTF-8"'
-    )
+    challenge = 'Basic realm="pypi", charset="UTF-8"'
+    return HTTPError(401, message, WWW_Authenticate=challenge)
 
 
 # ---- 6. Archives ---------------------------------------------------------------------
-# Core metadata comes out of the distribution itself: METADATA of a wheel, PKG-INFO of
-# an sdist. The archive is a stranger's: nothing is read further, or in larger pieces,
-# than an honest one needs, and whatever its readers raise becomes ArchiveError.
+# Core metadata comes from the distribution itself: METADATA of a wheel, PKG-INFO of an
+# sdist. A stranger may have made the archive, so every read is bounded. What archive
+# readers raise becomes ArchiveError. An OSError of the source means that the store
+# failed, so it passes unchanged.
 
-MAX_METADATA = 4 << 20  # bytes; the largest README-laden ones on PyPI are near 1 MiB
-MAX_PIECE = 8 << 20  # bytes; a zip directory of some 80,000 files
-MAX_MEMBERS = 100_000  # of a tar file, before its PKG-INFO
-MAX_EXPANSION = 100  # times its size; source text packs 3 to 10 times
-MIN_EXPANDED = 64 << 20  # bytes that any archive may expand to, however small
+MAX_METADATA = 4 << 20  # bytes; with a long README, metadata on PyPI has up to 1 MiB
+MAX_PIECE = 8 << 20  # bytes of one read; the directory of a zip with 80,000 files
+MAX_MEMBERS = 100_000  # members of a tar file that are read to find its PKG-INFO
+MAX_EXPANSION = 100  # times its packed size; source text unpacks to 3 to 10 times
+MIN_EXPANDED = 64 << 20  # bytes; also a small archive may unpack to this size
 
 _METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
 _PKG_INFO = re.compile(r"(\./)?[^/]+/PKG-INFO")
 
 
 class CoreMetadata(NamedTuple):
-    """The fields of core metadata that an index needs, and its bytes."""
+    """The fields of core metadata that an index needs, and all its bytes."""
 
     name: str
     version: str
@@ -815,22 +798,22 @@ class CoreMetadata(NamedTuple):
     text: bytes
 
 
-class Bounded(io.BufferedIOBase):
-    """A file that refuses to be read in one large piece, or beyond an end."""
+class BoundedFile(io.BufferedIOBase):
+    """A file that refuses large reads, and reads beyond `end`."""
 
     def __init__(self, source: IO[bytes], end: int) -> None:
         self._source, self._end = source, end
 
     def read(self, size: int | None = -1) -> bytes:
-        least = MAX_PIECE + 1 if size is None or size < 0 else min(size, MAX_PIECE + 1)
-        data = self._source.read(least)
+        most = MAX_PIECE + 1
+        data = self._source.read(most if size is None or size < 0 else min(size, most))
         if len(data) > MAX_PIECE or self._source.tell() > self._end:
-            raise ArchiveError("it expands to more than an honest archive would")
+            raise ArchiveError("it unpacks to too many bytes")
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
         if whence == 0 and not 0 <= offset <= self._end:
-            raise ArchiveError("it points beyond its end")
+            raise ArchiveError("it refers to bytes beyond its end")
         return self._source.seek(offset, whence)
 
     def tell(self) -> int:
@@ -841,34 +824,38 @@ class Bounded(io.BufferedIOBase):
 
 
 def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetadata:
-    """Read METADATA out of a wheel, PKG-INFO out of an sdist, or raise ArchiveError."""
+    """Read METADATA from a wheel or PKG-INFO from an sdist of `size` bytes.
+
+    Raises ArchiveError if the archive is broken. Errors of `source` pass unchanged.
+    """
     try:
         if filename.endswith((".whl", ".zip")):
             name = _METADATA if filename.endswith(".whl") else _PKG_INFO
             return _parse_metadata(_zip_member(source, size, name))
         return _parse_metadata(_tar_member(source, size))
-    except (ArchiveError, MemoryError, HTTPError):
+    except (ArchiveError, MemoryError, OSError):
         raise
-    except Exception as fault:  # zipfile, tarfile and zlib raise some ten kinds
-        if isinstance(fault, OSError) and fault.errno:  # the disk's fault
-            raise
+    except Exception as fault:  # zipfile, tarfile and zlib raise about ten kinds
         raise ArchiveError(f"it cannot be read: {fault}") from fault
 
 
 def _zip_member(source: IO[bytes], size: int, name: re.Pattern[str]) -> bytes:
-    import zipfile  # 10 ms, and only uploads and new files need it
+    import zipfile  # takes 10 ms; only uploads and new files need it
 
-    with zipfile.ZipFile(Bounded(source, size)) as archive:
-        found = [i for i in archive.infolist() if name.fullmatch(i.filename)]
-        if len(found) != 1:
-            raise ArchiveError(
-                f"it has {len(found)} files like {name.pattern!r}, not 1"
-            )
-        # Only stored and deflated: the other kinds expand without a bound.
-        if found[0].file_size > MAX_METADATA or found[0].compress_type not in (0, 8):
-            raise ArchiveError(f"{found[0].filename} is too large, or oddly packed")
-        with archive.open(found[0]) as member:
-            return member.read(MAX_METADATA)
+    try:
+        archive = zipfile.ZipFile(BoundedFile(source, size))
+    except zipfile.BadZipFile as fault:
+        if isinstance(fault.__context__, OSError):  # zipfile hides errors of its source
+            raise fault.__context__ from None
+        raise
+    members = [m for m in archive.infolist() if name.fullmatch(m.filename)]
+    if len(members) != 1:
+        raise ArchiveError(f"it has {len(members)} files like {name.pattern!r}, not 1")
+    # Only stored and deflated members: the other methods unpack without a bound.
+    if members[0].file_size > MAX_METADATA or members[0].compress_type not in (0, 8):
+        raise ArchiveError(f"{members[0].filename} is too large, or packed unusually")
+    with archive.open(members[0]) as member:
+        return member.read(MAX_METADATA)
 
 
 def _tar_member(source: IO[bytes], size: int) -> bytes:
@@ -876,19 +863,22 @@ def _tar_member(source: IO[bytes], size: int) -> bytes:
     import tarfile
 
     end = max(MIN_EXPANDED, MAX_EXPANSION * size)
-    plain = Bounded(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
-    with tarfile.open(fileobj=plain, mode="r:") as archive:
-        last = -1
-        for _ in range(MAX_MEMBERS):
-            member = archive.next()
-            if not member or member.offset <= last:  # CVE-2025-8194: it goes backwards
-                break
-            last = member.offset
-            if _PKG_INFO.fullmatch(member.name) and member.isreg():
-                content = archive.extractfile(member)
-                if content and member.size <= MAX_METADATA:
-                    return content.read()
-            archive.members.clear()  # type: ignore[attr-defined]  # it keeps them all
+    unpacked = BoundedFile(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
+    try:
+        with tarfile.open(fileobj=unpacked, mode="r:") as archive:
+            last = -1
+            for _ in range(MAX_MEMBERS):
+                member = archive.next()
+                if not member or member.offset <= last:  # CVE-2025-8194: a loop
+                    break
+                last = member.offset
+                if _PKG_INFO.fullmatch(member.name) and member.isreg():
+                    content = archive.extractfile(member)
+                    if content and member.size <= MAX_METADATA:
+                        return content.read()
+                archive.members.clear()  # type: ignore[attr-defined]  # saves memory
+    except gzip.BadGzipFile as fault:  # an OSError, but not one of the source
+        raise ArchiveError(f"it cannot be read: {fault}") from fault
     raise ArchiveError("it has no PKG-INFO that can be read")
 
 
@@ -2368,21 +2358,22 @@ def _file_body(
 
 
 # ---- 13. Uploads ---------------------------------------------------------------------
-# The legacy form (multipart/form-data, RFC 7578) streams: bytes go into the parser,
-# events come out, and one loop hashes and writes the file as it arrives. All else in
-# the form is small, and bounded. A file gets its name when every check has passed.
+# The legacy upload form is multipart/form-data (RFC 7578). Its bytes go into the parser
+# as they arrive, and events come out. Form hashes the content and writes it to a
+# staging file. All other fields are small, and bounded. A staged file gets its name
+# when all checks have passed.
 
-MAX_PART_HEADERS = 8 << 10  # bytes; clients send some 150
-MAX_FIELD = 4 << 20  # bytes; a description may be as long as the metadata it comes from
-MAX_FIELDS = 2000  # classifiers, requirements and URLs repeat, each a field of its own
-MAX_FORM = 8 << 20  # bytes of all fields but the file together
-MAX_DRAIN = 32 << 20  # bytes read after a refusal: some clients listen only then
-KEPT_FIELDS = {":action", "name", "version", "filetype"}
+MAX_PART_HEADERS = 8 << 10  # bytes; clients send about 150
+MAX_FIELD = 4 << 20  # bytes; a description may be as long as all core metadata
+MAX_FIELDS = 2000  # each classifier, requirement and URL is a field of its own
+MAX_FORM = 8 << 20  # bytes of all fields together, without the file
+MAX_DRAIN = 32 << 20  # bytes; some clients read the answer only after they sent all
 DIGESTS: dict[str, Callable[[], Any]] = {
     "sha256_digest": hashlib.sha256,
     "md5_digest": partial(hashlib.md5, usedforsecurity=False),
     "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
 }
+KEPT_FIELDS = {":action", "name", "version", "filetype", *DIGESTS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -2405,16 +2396,16 @@ Event = PartBegins | PartData | PartEnds
 
 
 class MultipartParser:
-    """Bytes in, events out; holds no more than a chunk and a boundary.
+    """Takes bytes, gives events; keeps no more than a chunk and a boundary.
 
-    States follow RFC 2046, 5.1.1: preamble, then per part headers and body, then the
-    epilogue. Raises HTTPError 400 for what is malformed and 413 for too much of it.
+    The states follow RFC 2046, 5.1.1: the preamble, then headers and body of each part,
+    then the epilogue. Raises HTTPError 400 for a malformed form, 413 for a large one.
     """
 
     def __init__(self, boundary: bytes) -> None:
         self._mark = b"\r\n--" + boundary
-        self._rest = b"\r\n"  # so that the first boundary looks like all others
-        self._at = 0  # what comes before is done with, and cut off once per feed
+        self._rest = b"\r\n"  # lets the first boundary begin like the others
+        self._at = 0  # index in _rest of the first byte that is not yet read
         self._step: Callable[[], Event | None] | None = self._preamble
         self._parts = 0
 
@@ -2424,11 +2415,11 @@ class MultipartParser:
             if event := step():
                 yield event
             elif step is self._step:
-                return  # it needs more bytes
-        self._at = len(self._rest)  # the epilogue is nobody's
+                return  # this step needs more bytes
+        self._at = len(self._rest)  # the epilogue is ignored
 
     def close(self) -> None:
-        """Say that no bytes follow."""
+        """Check that the form was complete."""
         if self._step:
             raise HTTPError(400, "The form ends before its closing boundary.")
 
@@ -2443,22 +2434,21 @@ class MultipartParser:
         if self._rest.startswith(b"--", self._at):
             self._step = None
             return
-        line = self._rest[self._at : self._at + 202]  # RFC 2046 lets spaces follow
+        line = self._rest[self._at : self._at + 202]  # spaces may follow (RFC 2046)
         padding, end, _ = line.partition(b"\r\n")
+        # A line that is not complete may end with the first half of "\r\n" or "--".
         blank = padding if end else padding.removesuffix(b"\r").removesuffix(b"-")
         if blank.strip(b" \t") or len(padding) > 200:
             raise HTTPError(400, "A boundary of the form is followed by other text.")
-        if end:  # stays: headers, of which there may be none, follow a line's end
+        if end:  # keep it: a part without headers is this line end and another
             self._at, self._step = self._at + len(padding), self._headers
 
     def _headers(self) -> Event | None:
         head = self._rest[self._at : self._at + MAX_PART_HEADERS + 4]
         head, end, _ = head.partition(b"\r\n\r\n")
         if len(head) > MAX_PART_HEADERS or self._parts >= MAX_FIELDS:
-            limits = f"{MAX_FIELDS} fields, {MAX_PART_HEADERS} bytes of headers in each"
-            raise HTTPError(
-                413, f"The form has too many parts: {limits} are the limits."
-            )
+            most = f"{MAX_FIELDS} parts, with {MAX_PART_HEADERS} bytes of headers each"
+            raise HTTPError(413, f"The form is too large: it may have {most}.")
         if not end:
             return None
         self._parts += 1
@@ -2479,7 +2469,7 @@ class MultipartParser:
 
 _DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*(;.*)", re.I)
 _PARAMETER = re.compile(rb';[ \t]*(name|filename)=(?:"([^"\r\n]*)"|([^;"\s]+))')
-_CODED = re.compile(
+_ENCODED = re.compile(
     rb"content-transfer-encoding:[ \t]*(?!(binary|7bit|8bit)[ \t]*$)", re.I
 )
 
@@ -2487,12 +2477,12 @@ _CODED = re.compile(
 def _part(head: bytes) -> PartBegins:
     """Read the headers of a part (RFC 7578, 4.2)."""
     lines = head.split(b"\r\n")
-    found = [match[1] for line in lines if (match := _DISPOSITION.fullmatch(line))]
-    if len(found) != 1 or any(map(_CODED.match, lines)):
+    matches = [match for line in lines if (match := _DISPOSITION.fullmatch(line))]
+    if len(matches) != 1 or any(map(_ENCODED.match, lines)):
         raise HTTPError(400, "A part of the form is not plain form-data with a name.")
     values = {
-        k: (a or b).decode("utf-8", "replace")
-        for k, a, b in _PARAMETER.findall(found[0])
+        key: (quoted or token).decode("utf-8", "replace")
+        for key, quoted, token in _PARAMETER.findall(matches[0][1])
     }
     if b"name" not in values:
         raise HTTPError(400, "A part of the form has no name.")
@@ -2500,16 +2490,14 @@ def _part(head: bytes) -> PartBegins:
 
 
 class Form:
-    """What an upload said, and its content, staged in a file as it arrives."""
+    """The fields of an upload, and its file, which is staged as it arrives."""
 
     def __init__(self, staging: Path) -> None:
         self.fields: dict[str, str] = {}
         self.filename = ""
         self.staged: Path | None = None
         self.size = 0
-        self.digests: dict[
-            str, Any
-        ] = {}  # hashes of the content, by their fields' names
+        self.digests: dict[str, Any] = {}  # hashes of the file, by name of their field
         self._staging = staging
         self._file: BinaryIO | None = None
         self._field = ""
@@ -2531,29 +2519,27 @@ class Form:
         if self._file:
             self._file.close()
             self._file = None
-        self._hashed()
+        self._wait_for_hash()
 
     def _begin(self, part: PartBegins) -> None:
         self._field, self._value = part.name, bytearray()
         if part.name != "content":
             return
         if self.staged:
-            raise HTTPError(
-                400, "The form has two files in 'content'; send one a request."
-            )
+            raise HTTPError(400, "The form has two files in 'content'; send only one.")
         self.filename = part.filename or ""
         self._file = open_staged(self._staging)
         self.staged = Path(self._file.name)
-        # A digest that follows the file is rare; it is computed from the staged file.
+        # Most clients send digests first. Others are computed from the staged file.
         names = {"sha256_digest"} | self.fields.keys() & DIGESTS.keys()
         self.digests = {name: DIGESTS[name]() for name in names}
 
     def _write(self, file: BinaryIO, data: bytes) -> None:
-        """Write a piece; a large one is hashed while the next is on its way.
+        """Write a chunk. A thread hashes a large one while the next one arrives.
 
-        Hashing takes longer than all else, and neither needs the other's processor.
+        Hashing takes most of the time of an upload, and it can use another processor.
         """
-        self._hashed()
+        self._wait_for_hash()
         if len(data) > SMALL:
             hashing = threading.Thread(target=self._hash, args=(data,))
             hashing.start()
@@ -2567,8 +2553,7 @@ class Form:
         for digest in self.digests.values():
             digest.update(data)
 
-    def _hashed(self) -> None:
-        """Wait until what was written is hashed."""
+    def _wait_for_hash(self) -> None:
         if self._hashing:
             self._hashing.join()
             self._hashing = None
@@ -2577,29 +2562,28 @@ class Form:
         self._total += len(data)
         if self._total > MAX_FORM or len(self._value) + len(data) > MAX_FIELD:
             raise HTTPError(413, f"The field {self._field!r} makes the form too long.")
-        if self._field in KEPT_FIELDS or self._field in DIGESTS:
+        if self._field in KEPT_FIELDS:
             self._value += data
 
     def _end(self) -> None:
         if self._file:
-            os.fsync(self._file.fileno())  # what is acknowledged outlives a power cut
+            os.fsync(self._file.fileno())  # an acknowledged upload survives a power cut
             self.close()
-        elif self._field in KEPT_FIELDS or self._field in DIGESTS:
+        elif self._field in KEPT_FIELDS:
             if self._field in self.fields:
-                raise HTTPError(400, f"The field {self._field!r} is there twice.")
+                raise HTTPError(400, f"The form has two fields {self._field!r}.")
             try:
                 self.fields[self._field] = self._value.decode()
             except UnicodeDecodeError:
-                raise HTTPError(
-                    400, f"The field {self._field!r} is not UTF-8."
-                ) from None
+                why = f"The field {self._field!r} is not UTF-8."
+                raise HTTPError(400, why) from None
 
 
 def read_form(app: App, request: Request) -> Form:
-    """Read an upload's form; its file is staged, and gone when the request is over."""
+    """Read an upload's form. Its staged file is deleted after the request."""
     length, limit = content_length(request), app.settings.max_upload
     if limit and length > limit:
-        why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} of them."
+        why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} bytes."
         raise HTTPError(413, why)
     parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
     form = Form(app.index.store.staging)
@@ -2624,14 +2608,17 @@ def content_length(request: Request) -> int:
     return int(text)
 
 
+_MULTIPART = re.compile(  # a boundary has up to 70 letters (RFC 2046, 5.1.1)
+    r'multipart/form-data *;(?:.*;)? *boundary=("?)([^\s";]{1,70})\1 *(?:;.*)?',
+    re.I | re.ASCII,
+)
+
+
 def _boundary(content_type: str) -> bytes:
-    pattern = (
-        r'multipart/form-data *;(?:.*;)? *boundary=("?)([^\s";]{1,70})\1 *(?:;.*)?'
-    )
-    match = re.fullmatch(pattern, content_type, re.I | re.ASCII)
-    if not match:  # 70 letters: RFC 2046, 5.1.1
-        why = f"Content-Type is {content_type!r}, not multipart/form-data."
-        raise HTTPError(400, why)
+    match = _MULTIPART.fullmatch(content_type)
+    if not match:
+        need = "send multipart/form-data with a boundary"
+        raise HTTPError(400, f"Content-Type is {content_type!r}; {need}.")
     return match[2].encode()
 
 
@@ -2639,7 +2626,10 @@ def read_body(request: Request, length: int) -> Iterator[bytes]:
     """Read a request's body of exactly `length` bytes, in chunks."""
     request.unread = length
     while request.unread:
-        chunk = request.environ["wsgi.input"].read(min(request.unread, CHUNK))
+        try:
+            chunk = request.environ["wsgi.input"].read(min(request.unread, CHUNK))
+        except OSError as fault:  # the client is gone; gunicorn has its own kinds
+            raise HTTPError(400, f"The body cannot be read: {fault}.") from fault
         if not chunk:
             short = f"The body ends {request.unread} bytes before its Content-Length."
             raise HTTPError(400, short)
@@ -2648,8 +2638,8 @@ def read_body(request: Request, length: int) -> Iterator[bytes]:
 
 
 def drain(request: Request) -> None:
-    """Read what is left of a refused body: clients that still send see no answer."""
-    with contextlib.suppress(HTTPError, OSError):  # no body, or its client is gone
+    """Read the rest of a refused body: a client that still sends sees no answer."""
+    with contextlib.suppress(HTTPError):  # there is no body, or the client is gone
         left = content_length(request) if request.unread is None else request.unread
         if left <= MAX_DRAIN:
             for _ in read_body(request, left):
@@ -3179,25 +3169,24 @@ def _cloud(settings: Settings) -> Cloud:
 
 
 # ---- 16. Command line ----------------------------------------------------------------
-# pypiserver's flags where they make sense; each is a setting under another name, so the
-# environment, keywords and flags cannot disagree about what is allowed.
+# The flags are those of pypiserver, as far as they make sense. Each one sets a keyword
+# of get_app, so flags, keywords and environment are checked in the same way.
 
 FLAGS = (
     (("-P", "--passwords"), "password_file", "file of users, in htpasswd format"),
     (("-a", "--authenticate"), "authenticate", "actions that need a user, or ."),
-    (("--fallback-url",), "fallback_url", "redirect unknown projects to this index"),
     (("--health-endpoint",), "health_endpoint", "path that answers Ok (/health)"),
     (("--welcome",), "welcome_file", "HTML file of the start page"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"run": run, "passwd": set_password, "tidy": tidy}
-    named = arguments[:1] and arguments[0] in commands
+    name = arguments.pop(0) if arguments and arguments[0] in commands else "run"
     try:
-        return commands[arguments.pop(0) if named else "run"](arguments)
+        return commands[name](arguments)
     except (SettingsError, OSError, HTTPError) as fault:
         print(f"pypi_ae: {fault}", file=sys.stderr)
         return 2
@@ -3213,9 +3202,11 @@ def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted: python pypi_ae.py [run] [DIR] [flags]."""
     import argparse
 
-    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "pypi_ae.py", None, __doc__, formatter_class=layout
+        "pypi_ae.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # a flag that is not given sets nothing
     )
     parser.add_argument("root", nargs="?", metavar="DIR", help="packages (./packages)")
     port = os.environ.get("PORT", "8080")
@@ -3224,41 +3215,42 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(*host, dest="host", default="127.0.0.1", help="127.0.0.1")
     for names, setting, text in FLAGS:
         parser.add_argument(*names, dest=setting, help=text, metavar="VALUE")
+    fallback = parser.add_mutually_exclusive_group()
+    text = "redirect unknown projects to this index"
+    fallback.add_argument("--fallback-url", help=text, metavar="VALUE")
+    fallback.add_argument(
+        "--disable-fallback",
+        dest="fallback_url",
+        action="store_const",
+        const="",
+        help="the default",
+    )
     parser.add_argument("-o", "--overwrite", action="store_const", const="yes")
-    parser.add_argument("--disable-fallback", action="store_true", help="the default")
-    parser.add_argument("-v", "--verbose", action="count", help="log every request")
-    given = {
-        k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None
-    }
-    address, verbose = (given.pop("host"), _port(given.pop("port"))), "verbose" in given
-    given.pop("verbose", None)
-    if given.pop("disable_fallback"):
-        if "fallback_url" in given:
-            raise SettingsError(
-                "--disable-fallback and --fallback-url exclude each other."
-            )
-        given["fallback_url"] = ""
+    parser.add_argument("-v", "--verbose", action="store_true", help="log all requests")
+    given = vars(parser.parse_args(arguments))
+    address = given.pop("host"), _port(given.pop("port"))
+    verbose = given.pop("verbose", False)
     app = get_app(**given)
     app.verbose = verbose
     return serve(app, *address)
 
 
 def serve(app: App, host: str, port: int) -> int:
-    """Answer requests with wsgiref, a thread each, until interrupted."""
+    """Answer requests with wsgiref, each in a thread, until interrupted."""
     import socketserver
     from wsgiref import simple_server
 
     class Server(socketserver.ThreadingMixIn, simple_server.WSGIServer):
         daemon_threads = True
-        request_queue_size = 128  # uv opens dozens of connections at once; 5 lose some
+        request_queue_size = 128  # uv opens many connections at once; 5 are too few
 
-    class Handler(simple_server.WSGIRequestHandler):
+    class QuietHandler(simple_server.WSGIRequestHandler):
         timeout = 60  # seconds; a client that is silent for longer is gone
 
         def log_message(self, *_: object) -> None:
-            """Say nothing: the app logs what matters."""
+            """Log nothing here: the app has its own log."""
 
-    server = simple_server.make_server(host, port, app, Server, Handler)
+    server = simple_server.make_server(host, port, app, Server, QuietHandler)
     print(start_message(app, host, server.server_port), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -3266,7 +3258,7 @@ def serve(app: App, host: str, port: int) -> int:
 
 
 def start_message(app: App, host: str, port: int) -> str:
-    """What is served, where, who may upload, and the commands to copy."""
+    """Say what is served, where, who may upload, and which commands to use."""
     shown = "localhost" if host in ("", "0.0.0.0", "::") else host
     url, users = f"http://{shown}:{port}/", sorted(app.users.logins().checks)
     uploads = ", ".join(users[:5]) + (" ..." if users[5:] else "")
@@ -3303,33 +3295,31 @@ def set_password(arguments: Sequence[str]) -> int:
     import argparse
     import getpass
 
-    parser = argparse.ArgumentParser(
-        "pypi_ae.py passwd", description=set_password.__doc__
-    )
+    about = set_password.__doc__
+    parser = argparse.ArgumentParser("pypi_ae.py passwd", description=about)
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("user", metavar="USER")
     parser.add_argument("--stdin", action="store_true", help="read the password there")
     given = parser.parse_args(arguments)
-    if (
-        not re.fullmatch(r"[^\s:#]([^:]*[^\s:])?", given.user)
-        or not given.user.isprintable()
-    ):
-        raise SettingsError(f"{given.user!r} cannot be a user: no colon, no # first.")
+    valid = re.fullmatch(r"[^\s:#]([^:]*[^\s:])?", given.user)
+    if not valid or not given.user.isprintable():
+        rule = "a user has no colon, no # first, and no space first or last"
+        raise SettingsError(f"{given.user!r} cannot be a user: {rule}.")
     if given.stdin:
         password = sys.stdin.readline().rstrip("\r\n")
     else:
         password = getpass.getpass(f"Password for {given.user}: ")
-        if password != getpass.getpass("Once more: "):
+        if password != getpass.getpass("The same again: "):
             raise SettingsError("The two passwords differ; nothing was changed.")
     if not password:
-        raise SettingsError("An empty password is none; nothing was changed.")
+        raise SettingsError("The password is empty; nothing was changed.")
     _write_user(given.file, given.user, hash_password(password))
     print(f"{given.file}: user {given.user!r} is set.")
     return 0
 
 
 def _write_user(path: Path, user: str, stored: str) -> None:
-    """Put one line into the file, at one stroke; other lines stay as they are."""
+    """Set one user's line, and keep the others. The new file replaces the old one."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.partition(":")[0].strip() != user]
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
