@@ -189,10 +189,7 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """Read and check all settings; raise SettingsError for one that cannot work."""
-        values = {
-            name: environ.get(name, "").strip() or default
-            for name, default in DEFAULTS.items()
-        }
+        values = {k: environ.get(k, "").strip() or v for k, v in DEFAULTS.items()}
         hosted = any(name in environ for name in HOSTED)
         # Google cuts off requests above 32 MB. Our own limit answers with a reason.
         values["MAX_UPLOAD_MB"] = values["MAX_UPLOAD_MB"] or ("32" if hosted else "0")
@@ -400,6 +397,8 @@ def is_final(key: VersionKey) -> bool:
 # A Request is a thin reading of the WSGI environ. A Response is a value: those of pages
 # are made once and answered many times, so nothing may change one.
 
+Header = tuple[str, str]  # name and value
+NOSNIFF: Header = ("X-Content-Type-Options", "nosniff")
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
 CHUNK = 1 << 20  # bytes per read; gunicorn 27 receives as many, and copies leftovers
@@ -430,7 +429,7 @@ class Response:
     """Status line, headers, body, and changes: proposed before `push`, then made."""
 
     status: str
-    headers: tuple[tuple[str, str], ...]
+    headers: tuple[Header, ...]
     body: Iterable[bytes] = ()
     changes: tuple[Addition | Removal, ...] = ()
 
@@ -489,14 +488,17 @@ def distribution_of(name: str) -> str:
     return name.removesuffix(suffix)
 
 
-def text_response(status: int, message: str, *headers: tuple[str, str]) -> Response:
+def text_response(status: int, message: str, *headers: Header) -> Response:
     """A sentence for a person, in the body and, when refusing, in the reason phrase."""
-    body = f"{message}\n".encode()
     # twine prints only the reason phrase, so the message goes there.
     reason = STATUS.get(status) or _reason(message)
-    plain = (("Content-Type", TEXT), ("X-Content-Type-Options", "nosniff"))
-    length = ("Content-Length", str(len(body)))
-    return Response(f"{status} {reason}", (*headers, *plain, length), (body,))
+    body = f"{message}\n".encode()
+    return body_response(f"{status} {reason}", TEXT, body, *headers, NOSNIFF)
+
+
+def body_response(status: str, kind: str, body: bytes, *headers: Header) -> Response:
+    size = ("Content-Length", str(len(body)))
+    return Response(status, (*headers, ("Content-Type", kind), size), (body,))
 
 
 def _reason(message: str) -> str:
@@ -729,9 +731,8 @@ def file_state(path: Path | str | int) -> State | None:
         status = os.stat(path)
     except OSError:  # no such file, a loop of links, or a closed folder
         return None
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    is_file = stat.S_ISREG(status.st_mode)
+    return (status.st_size, status.st_mtime_ns, status.st_ino) if is_file else None
 
 
 def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
@@ -818,9 +819,6 @@ class BoundedFile(io.BufferedIOBase):
 
     def tell(self) -> int:
         return self._source.tell()
-
-    def seekable(self) -> bool:
-        return True
 
 
 def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetadata:
@@ -1012,6 +1010,14 @@ class Catalog:
         self.answers: dict[tuple[str, bool], Answer] = {}
 
 
+def make_catalog(
+    folders: Mapping[Project, tuple[str, ...]],
+    loose: Mapping[Project, Mapping[str, Distribution | None]],
+) -> Catalog:
+    names = folders.keys() | loose.keys()
+    return Catalog({n: Place(folders.get(n, ()), loose.get(n, {})) for n in names})
+
+
 class BoundedCache(Generic[T]):
     """Values by key. The sum of their sizes is bounded; the oldest are dropped first.
 
@@ -1051,10 +1057,13 @@ class BoundedCache(Generic[T]):
 # in its response. `push`, an after hook, commits them before that is answered: first it
 # tries, and only when the name is taken does it look at what is there.
 
+LOCKS = 64  # shared by all projects: who waits for one seldom waits for another
 TRIES = 3  # an upload that loses a race may try again; who loses thrice is told so
 TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last so many
 
 Mark = tuple[int, int]  # of a path: mtime_ns, number of links
+GONE: Mark = (0, 0)
+Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or just the bytes
 
 
 class Look(NamedTuple, Generic[T]):
@@ -1068,6 +1077,10 @@ class Look(NamedTuple, Generic[T]):
     until: float  # when to stop believing that what was found is there
     sure: float  # when to stop believing that nothing else is there
     place: Place = Place()  # of a project
+
+
+Last = Look[Listing] | None  # the look before, whose unchanged parts are kept
+FindRoot = Callable[[], Look[Catalog]]  # looks at the root, if that is not known
 
 
 def is_current(look: Look[Any], began: float, *, denies: bool = False) -> bool:
@@ -1093,7 +1106,7 @@ def read_mark(path: str) -> Mark:
     try:
         state = os.stat(path)
     except OSError:  # it is not there, or as good as that
-        return 0, 0
+        return GONE
     return state.st_mtime_ns, state.st_nlink
 
 
@@ -1106,12 +1119,7 @@ class Store(Protocol):
     staging: Path  # a folder for uploads in progress
 
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]: ...
-    def look(
-        self,
-        project: Project,
-        find_root: Callable[[], Look[Catalog]],
-        last: Look[Listing] | None,
-    ) -> Look[Listing]:
+    def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         """List a project. What stayed as it was at the `last` look is kept from it."""
 
     def names(self, catalog: Catalog) -> Iterator[Parsed]:
@@ -1120,20 +1128,16 @@ class Store(Protocol):
     def everything(self, catalog: Catalog) -> Iterator[Distribution]:
         """Every distribution, also a loose one whose name is taken in its folder."""
 
-    def open(
-        self, dist: Distribution, start: int, stop: int
-    ) -> BinaryIO | Iterator[bytes]:
-        """Read bytes [start, stop): an unbuffered file at `start`, or just these bytes.
+    def open(self, dist: Distribution, start: int, stop: int) -> Body:
+        """Read bytes [start, stop).
 
         Raises FileNotFoundError if the file is no longer as it was listed.
         """
 
-    def create(
-        self, new: Addition, existing: Distribution | None, place: Place
-    ) -> None:
-        """Store a staged file at one stroke, in place of `existing` if there is one.
+    def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
+        """Store a staged file at one stroke, in place of the `old` one if there is one.
 
-        Raises FileExistsError if anything but `existing` has that name.
+        Raises FileExistsError if anything but the old one has that name.
         """
 
     def delete(self, dist: Distribution) -> None:
@@ -1153,8 +1157,7 @@ class Index:
         self._looks: BoundedCache[Look[Listing]] = BoundedCache(FILES_KEPT)
         self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
         self._root_lock = threading.Lock()
-        # By project, striped: who waits for one project seldom waits for another.
-        self._locks = [threading.Lock() for _ in range(64)]
+        self._locks = [threading.Lock() for _ in range(LOCKS)]
 
     # Before a request...
 
@@ -1167,11 +1170,8 @@ class Index:
         if project:
             request.listing = self.listing(project, request.started, filename)
         else:
-            request.catalog = self.catalog(request.started, denies=action == "list")
-
-    def catalog(self, began: float, *, denies: bool = False) -> Catalog:
-        """The catalog for a request that began then; complete if it `denies`."""
-        return self._look_at_root(began, denies=denies).found
+            root = self.root(request.started, denies=action == "list")
+            request.catalog = root.found
 
     def listing(self, project: Project, began: float, filename: str = "") -> Listing:
         """The listing of a project for a request that began then.
@@ -1181,7 +1181,7 @@ class Index:
         look = self._looks.get(project)
         if look and _serves(look, began, filename):
             return look.found
-        with self._lock_of(project):
+        with self._locks[hash(project) % LOCKS]:
             look = self._looks.get(project)
             if look and _serves(look, began, filename):
                 return look.found
@@ -1189,28 +1189,22 @@ class Index:
 
     def look_again(self, project: Project) -> Listing:
         """List a project now, whatever is known of it."""
-        with self._lock_of(project):
+        with self._locks[hash(project) % LOCKS]:
             last = self._looks.get(project)
             expired = last and last._replace(until=0.0)
             return self._look(project, time.monotonic(), expired)
 
-    def _lock_of(self, project: Project) -> threading.Lock:
-        return self._locks[hash(project) % len(self._locks)]
-
-    def _look(
-        self, project: Project, began: float, last: Look[Listing] | None
-    ) -> Listing:
+    def _look(self, project: Project, began: float, last: Last) -> Listing:
         find_root = partial(self._root_for, project, began)
         if self._root is None:  # a cold start: both lists of a bucket side by side
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(1) as pool:
                 look = self.store.look(project, pool.submit(find_root).result, last)
-        else:
-            root = find_root()
-            if project not in root.found.places:  # denied without a look of its own
-                return Listing(project, ())
+        elif project in (root := find_root()).found.places:
             look = self.store.look(project, lambda: root, last)
+        else:  # denied without a look of its own
+            return Listing(project, ())
         self._looks.keep(project, look, 1 + len(look.found.dists))
         return look.found
 
@@ -1219,13 +1213,13 @@ class Index:
 
         To deny a project, or to list loose files, it has to be as current as the page.
         """
-        root = self._look_at_root(began)
+        root = self.root(began)
         place = root.found.places.get(project)
-        if (not place or place.loose) and began >= root.sure:
-            root = self._look_at_root(began, denies=True)
-        return root
+        uncertain = (not place or place.loose) and began >= root.sure
+        return self.root(began, denies=True) if uncertain else root
 
-    def _look_at_root(self, began: float, *, denies: bool = False) -> Look[Catalog]:
+    def root(self, began: float, *, denies: bool = False) -> Look[Catalog]:
+        """The look at the root for a request that began then, and may `deny` names."""
         root = self._root
         if root and is_current(root, began, denies=denies):
             return root
@@ -1233,10 +1227,9 @@ class Index:
             last = self._root
             if last and is_current(last, began, denies=denies):
                 return last
-            root = self.store.look_at_root(last)
+            self._root = root = self.store.look_at_root(last)
             if last and last.found.projects == root.found.projects:
                 root.found.answers = last.found.answers  # the rendered pages
-            self._root = root
             return root
 
     # What handlers read...
@@ -1246,10 +1239,10 @@ class Index:
         digest = dist.facts.core_metadata
         text = self._metadata.get(digest)
         if text is None:
-            with RangedFile(dist.size, partial(self._read, dist)) as source:
-                file: Any = source  # it has what the parsers need: read, seek, tell
-                text = read_core_metadata(file, dist.filename, dist.size).text
-            self._metadata.keep(digest, text, 500 + len(text))
+            source: Any = RangedFile(dist.size, partial(self._read, dist))
+            text = read_core_metadata(source, dist.filename, dist.size).text
+            if hashlib.sha256(text).hexdigest() == digest:  # else somebody mistyped it
+                self._metadata.keep(digest, text, 500 + len(text))
         return text
 
     def _read(self, dist: Distribution, start: int, stop: int) -> bytes:
@@ -1267,7 +1260,8 @@ class Index:
         for change in response.changes:
             if isinstance(change, Removal):
                 dist = change.distribution
-                self._remove(dist)
+                with contextlib.suppress(FileNotFoundError):  # somebody was quicker
+                    self.store.delete(dist)
                 outcome = f"{dist.project} {dist.version} is removed."
             elif self._add(request, change):
                 outcome = f"{change.filename} is stored."
@@ -1279,40 +1273,31 @@ class Index:
 
     def _add(self, request: Request, new: Addition) -> bool:
         """Store a distribution; False if the same bytes are there already."""
-        existing: Distribution | None = None
-        place = request.catalog.places.get(new.project, Place())
+        existing, catalog = None, request.catalog
         for _ in range(TRIES):
+            place = catalog.places.get(new.project, Place())
             try:
                 self.store.create(new, existing, place)
                 return True
             except FileExistsError:
                 existing = self.look_again(new.project).by_name.get(new.filename)
-            if existing and _is_same(existing, new):
+            if existing and has_bytes(existing, new.facts.sha256, new.source):
                 return False
             if existing and not new.overwrite:
                 break
-            catalog = self.catalog(time.monotonic(), denies=True)
-            place = catalog.places.get(new.project, Place())
+            catalog = self.root(time.monotonic(), denies=True).found
         raise already_exists(request, new.filename)
-
-    def _remove(self, dist: Distribution) -> None:
-        try:
-            self.store.delete(dist)
-        except FileNotFoundError:
-            log.info("%s was removed by somebody else", dist.filename)
-        except FileExistsError:
-            raise changed_meanwhile(dist) from None
 
     def tidy(self, *, dry_run: bool) -> Iterator[str]:
         """Compute missing facts, move loose files home, and say what is done."""
-        catalog = self.catalog(time.monotonic(), denies=True)
+        catalog = self.root(time.monotonic(), denies=True).found
         dists = list(self.store.everything(catalog))
         at_home = {dist.filename: dist for dist in dists if not dist.loose}
         for dist in dists:
             if not dist.facts.sha256:  # a bucket's, which reading computes and stores
                 yield f"facts of {dist.filename}"
-                if not dry_run:
-                    self._read_through(dist)
+                for _ in () if dry_run else self.open(dist, 0, dist.size):
+                    pass
             if not dist.loose:
                 continue
             existing, home = at_home.get(dist.filename), f"{dist.project}/"
@@ -1323,10 +1308,6 @@ class Index:
             if not dry_run:
                 self.store.move_home(dist)
 
-    def _read_through(self, dist: Distribution) -> None:
-        for _ in self.open(dist, 0, dist.size):
-            pass
-
 
 def _serves(look: Look[Listing], began: float, filename: str) -> bool:
     """May a listing be shown, or say that a file or the whole project is not there?"""
@@ -1334,16 +1315,12 @@ def _serves(look: Look[Listing], began: float, filename: str) -> bool:
     return is_current(look, began, denies=not there)
 
 
-def changed_meanwhile(dist: Distribution) -> HTTPError:
-    why = f"{dist.filename} changed at this moment. Try again."
-    return HTTPError(503, why, Retry_After="1")
-
-
-def _is_same(existing: Distribution, new: Addition) -> bool:
-    if existing.facts.sha256:
-        return existing.facts.sha256 == new.facts.sha256
-    with open(new.source, "rb") as file:
-        return existing.md5 == hashlib.file_digest(file, "md5").hexdigest()
+def has_bytes(dist: Distribution, sha256: str, source: Path) -> bool:
+    """Has a distribution the bytes of a file, whose sha256 is known?"""
+    if dist.facts.sha256:
+        return dist.facts.sha256 == sha256
+    with open(source, "rb") as file:
+        return dist.md5 == hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _have_same_bytes(one: Distribution, other: Distribution) -> bool:
@@ -1351,24 +1328,19 @@ def _have_same_bytes(one: Distribution, other: Distribution) -> bool:
     return one.size == other.size and any(a and a == b for a, b in digests)
 
 
-def same_or_new(
-    project: Project, dists: list[Distribution], last: Look[Listing] | None
-) -> Listing:
+def same_or_new(project: Project, dists: list[Distribution], last: Last) -> Listing:
     """The last listing, with its rendered pages, if it has just these distributions."""
     if last and last.found.dists == dists:
         return last.found
     return Listing(project, dists)
 
 
-class RangedFile(io.RawIOBase):
+class RangedFile:
     """A file read in ranges, its tail first: enough for zipfile to find a member."""
 
     def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
         self._size, self._fetch = size, fetch
         self._at, self._start, self._window = 0, size, b""
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._at
@@ -1412,22 +1384,6 @@ ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its pro
 FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
 
 
-class Entry(NamedTuple):
-    """A file of a project's folders, or a loose one; perhaps a sidecar."""
-
-    name: str
-    path: str
-    state: State
-
-
-class NewFolders(NamedTuple):
-    """Folders that this process made, and the marks of the root around that."""
-
-    before: Mark
-    after: Mark
-    projects: frozenset[Project]
-
-
 class Directory:
     """Distributions in a local directory."""
 
@@ -1436,157 +1392,118 @@ class Directory:
         make_folder(self.root)
         self.staging = self.root / ".pypi_ae" / "staging"
         self._facts = FactsFiles(self.root / ".pypi_ae" / "facts")
-        self._new: NewFolders | None = None
+        # Folders that this process made: by the mark of the root before, the one after.
+        self._made: dict[Mark, tuple[Mark, Project]] = {}
 
     # Looking...
 
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]:
         now, began, root = time.time_ns(), time.monotonic(), str(self.root)
         marks = read_marks([root])
-        new = self._new
-        between = (last.marks[root], marks[root]) if last else ()
-        self._new = None
-        if last and new and began < last.until and between == new[:2]:
+        mark = last.marks[root] if last else GONE
+        places = dict(last.found.places) if last else {}
+        while step := self._made.pop(mark, None):
+            mark, project = step
+            places[project] = Place((project,))
+        self._made.clear()
+        if last and began < last.until and mark == marks[root]:
             # Nothing but our own folders is new. A file that somebody else dropped in
             # at the same moment shows a second later.
-            added = {project: Place((project,)) for project in new.projects}
             until = min(last.until, began + LOOK_SECONDS)
-            return Look(Catalog({**last.found.places, **added}), marks, until, until)
-        catalog = self._scan_root()
+            return Look(Catalog(places), marks, until, until)
         until = float("inf") if _is_settled(marks[root][0], now) else 0.0
-        return Look(catalog, marks, until, until)
+        return Look(self._scan_root(), marks, until, until)
 
     def _scan_root(self) -> Catalog:
-        places: dict[Project, Place] = {}
+        folders: dict[Project, tuple[str, ...]] = {}
         loose: dict[Project, dict[str, None]] = {}
-        with os.scandir(self.root) as entries:
-            for entry in entries:
-                if _is_folder(entry):
+        for entry in os.scandir(self.root):
+            with contextlib.suppress(OSError):  # a loop of links, say
+                if entry.is_dir():
                     if project := to_project(entry.name):
-                        others = places[project].folders if project in places else ()
-                        places[project] = Place((*others, entry.name))
+                        folders[project] = (*folders.get(project, ()), entry.name)
                 elif parsed := parse_filename(distribution_of(entry.name)):
                     loose.setdefault(parsed.project, {})[entry.name] = None
-        for project, names in loose.items():
-            folders = places[project].folders if project in places else ()
-            places[project] = Place(folders, names)
-        return Catalog(places)
+        return make_catalog(folders, loose)
 
-    def look(
-        self,
-        project: Project,
-        find_root: Callable[[], Look[Catalog]],
-        last: Look[Listing] | None,
-    ) -> Look[Listing]:
+    def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         root, now, began = find_root(), time.time_ns(), time.monotonic()
         place = root.found.places.get(project, Place())
-        folders = self._folders(project, place)
         # Marks are read before names: what changes meanwhile shows at the next look.
-        own = read_marks(folders)
+        own = read_marks(self._folders(project, place))
         marks = {**root.marks, **own}
-        believed = last if last and began < last.until else None
-        if (
-            believed
-            and believed.place == place
-            and own.items() <= believed.marks.items()
-        ):
-            return believed._replace(marks=marks)  # only other projects changed
-        entries: dict[str, Entry] = {}
-        for entry in self._entries(folders, place):  # of one name, the first folder's
-            entries.setdefault(entry.name, entry)
-        dists = list(self._describe(project, entries.values(), last, now))
+        believed = last and began < last.until and last.place == place
+        if last and believed and own.items() <= last.marks.items():
+            return last._replace(marks=marks)  # only other projects changed
+        files: dict[str, str] = {}
+        for path in self._paths(project, place):  # of one name, the first folder's
+            files.setdefault(_base(path), path)
+        states = _states_of(files.values())
+        dists = list(self._describe(project, states, last, now))
         times = [mark[0] for mark in marks.values()]
-        times += [entry.state[1] for entry in entries.values()]
-        until = (
-            _trusted_until(began) if all(_is_settled(t, now) for t in times) else 0.0
-        )
+        times += [state[1] for state in states.values()]
+        settled = all(_is_settled(mtime, now) for mtime in times)
+        until = _trusted_until(began) if settled else 0.0
         return Look(same_or_new(project, dists, last), marks, until, until, place)
 
     def _folders(self, project: Project, place: Place) -> list[str]:
         """The project's folder, and others whose name is a spelling of it."""
         names = dict.fromkeys((project, *sorted(place.folders)))
-        return [str(self.root / name) for name in names]
+        return [f"{self.root}/{name}" for name in names]
 
-    def _entries(self, folders: Iterable[str], place: Place) -> Iterator[Entry]:
-        for folder in folders:
+    def _paths(self, project: Project, place: Place) -> list[str]:
+        """Paths of a project's files, sidecars too; loose ones come last."""
+        paths: list[str] = []
+        for folder in self._folders(project, place):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                with os.scandir(folder) as files:
-                    paths = [(file.name, file.path) for file in files]
-                yield from _stat_all(paths)
-        yield from _stat_all((n, os.path.join(self.root, n)) for n in place.loose)
+                paths += [f"{folder}/{name}" for name in os.listdir(folder)]
+        return paths + [f"{self.root}/{name}" for name in place.loose]
 
     def _describe(
-        self,
-        project: Project,
-        entries: Iterable[Entry],
-        last: Look[Listing] | None,
-        now: int,
+        self, project: Project, files: dict[str, State], last: Last, now: int
     ) -> Iterator[Distribution]:
         """Distributions of files: first those that are as they were, in their order."""
-        files = {entry.path: entry for entry in entries}
-        yanked = {
-            path.removesuffix(".yanked"): _read_yank(path)
-            for path in files
-            if path.endswith(".yanked")
-        }
-        for dist in last.found.dists if last else ():
-            if dist.path in files and files[dist.path].state == dist.state:
-                del files[dist.path]
-                reason = yanked.get(dist.path)
-                same = reason == dist.yanked
-                yield dist if same else replace(dist, yanked=reason, lines={})
-        others = [(e, p) for e in files.values() if (p := _parse_entry(e, project))]
-        kept = self._facts.read(project, anew=last is None) if others else {}
-        for entry, parsed in others:
-            facts = kept.get((entry.name, *entry.state))
-            settled = facts or _is_settled(entry.state[1], now)
-            facts = facts or self._compute_facts(project, entry, keep=bool(settled))
-            if not facts:
-                continue
-            yield Distribution(
-                *parsed,
-                size=entry.state[0],
-                uploaded=entry.state[1] / 1e9,
-                facts=facts,
-                yanked=yanked.get(entry.path),
-                path=entry.path,
-                # Within a tick of the clock it may be rewritten and keep its state:
-                # with one number more it is described anew at the next look.
-                state=entry.state if settled else (*entry.state, now),
-                loose=os.path.dirname(entry.path) == str(self.root),
-            )
-
-    def _compute_facts(
-        self, project: Project, entry: Entry, *, keep: bool
-    ) -> Facts | None:
-        """Read a file for its facts; None if it goes or changes while it is read."""
-        try:
-            with open(entry.path, "rb") as file:
-                facts = read_facts(file, entry.name, entry.state[0])
-            if file_state(entry.path) != entry.state:
-                return None
-        except OSError as fault:
-            log.warning("%s is not listed, as it cannot be read: %s", entry.path, fault)
-            return None
-        if keep:
-            self._facts.add(project, (entry.name, *entry.state), facts)
-        return facts
+        yanks = [path for path in files if path.endswith(".yanked")]
+        yanked = {path.removesuffix(".yanked"): _read_yank(path) for path in yanks}
+        kept = last.found.dists if last else []
+        kept = [dist for dist in kept if files.get(dist.path) == dist.state]
+        for dist in kept:
+            reason = yanked.get(dist.path)
+            same = reason == dist.yanked
+            yield dist if same else replace(dist, yanked=reason, lines={})
+        others = files.keys() - {dist.path for dist in kept}
+        parsed = {path: parse_filename(_base(path), project) for path in others}
+        new = {path: p for path, p in parsed.items() if p and p.project == project}
+        known = self._facts.read(project, anew=last is None) if new else {}
+        for path, names in new.items():
+            state, facts = files[path], known.get((names.filename, *files[path]))
+            if not facts and (facts := _compute_facts(path, state)):
+                if _is_settled(state[1], now):
+                    self._facts.add(project, (names.filename, *state), facts)
+                else:  # it may be rewritten within a tick of the clock: with one number
+                    state = (*state, now)  # more it is read again at the next look
+            if facts:
+                yield Distribution(
+                    *names,
+                    size=state[0],
+                    uploaded=state[1] / 1e9,
+                    facts=facts,
+                    yanked=yanked.get(path),
+                    path=path,
+                    state=state,
+                    loose=os.path.dirname(path) == str(self.root),
+                )
 
     def names(self, catalog: Catalog) -> Iterator[Parsed]:
-        for project in catalog.projects:
-            place = catalog.places[project]
-            names = set(place.loose)
-            for folder in self._folders(project, place):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    names.update(os.listdir(folder))
-            files = (parse_filename(n, project) for n in names)
+        for project, place in sorted(catalog.places.items()):
+            names = set(map(_base, self._paths(project, place)))
+            files = (parse_filename(name, project) for name in names)
             yield from sorted(p for p in files if p and p.project == project)
 
     def everything(self, catalog: Catalog) -> Iterator[Distribution]:
-        for project in catalog.projects:
-            place, now = catalog.places[project], time.time_ns()
-            entries = self._entries(self._folders(project, place), place)
-            yield from self._describe(project, list(entries), None, now)
+        for project, place in sorted(catalog.places.items()):
+            states, now = _states_of(self._paths(project, place)), time.time_ns()
+            yield from self._describe(project, states, None, now)
 
     # Reading...
 
@@ -1599,33 +1516,24 @@ class Directory:
 
     # Changing...
 
-    def create(
-        self, new: Addition, existing: Distribution | None, place: Place
-    ) -> None:
-        home, root = self.root / new.project / new.filename, str(self.root)
-        old = existing.path if existing else ""
-        for folder in (root, *self._folders(new.project, place)[1:]):
-            path = os.path.join(folder, new.filename)
-            if path != old and os.path.exists(path):
+    def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
+        root, replaced = str(self.root), old.path if old else ""
+        home, *others = self._folders(new.project, place)
+        target = Path(f"{home}/{new.filename}")
+        for path in (f"{folder}/{new.filename}" for folder in (root, *others)):
+            if path != replaced and os.path.exists(path):
                 raise FileExistsError(f"{path} is there")
         before = read_mark(root)
         with contextlib.suppress(FileExistsError):
-            home.parent.mkdir()
-            self._note_folder(new.project, before, read_mark(root))
+            os.mkdir(home)
+            after = read_mark(root)
+            if after[1] == before[1] + 1:  # no other folder came at that moment
+                self._made[before] = after, new.project
         key = (new.filename, *(file_state(new.source) or ()))
-        place_file(new.source, home, overwrite=old == str(home))
+        place_file(new.source, target, overwrite=replaced == str(target))
         self._facts.add(new.project, key, new.facts)
-        if existing and old != str(home):
-            self.delete(existing)
-
-    def _note_folder(self, project: Project, before: Mark, after: Mark) -> None:
-        """Note a folder that was made, unless something else came at that moment."""
-        if after[1] != before[1] + 1:
-            return
-        projects, last = frozenset({project}), self._new
-        if last and last.after == before:
-            before, projects = last.before, last.projects | projects
-        self._new = NewFolders(before, after, projects)
+        if old and replaced != str(target):
+            self.delete(old)
 
     def delete(self, dist: Distribution) -> None:
         os.unlink(dist.path)
@@ -1650,16 +1558,17 @@ class FactsFiles:
         self._folder = folder
         self._read_up_to: dict[Project, int] = {}
 
+    def _path(self, project: Project) -> Path:
+        return self._folder / f"{project}.jsonl"
+
     def read(self, project: Project, *, anew: bool) -> dict[FactsKey, Facts]:
         """Read all facts of a project, or those that came since they were last read."""
         start = 0 if anew else self._read_up_to.get(project, 0)
-        facts: dict[FactsKey, Facts] = {}
-        try:
-            with open(self._folder / f"{project}.jsonl", "rb") as file:
-                file.seek(start)
-                lines = file.read()
-        except OSError:  # there is none, or it cannot be read: they are computed again
-            return facts
+        facts, lines = dict[FactsKey, Facts](), b""
+        # What cannot be read is computed again.
+        with contextlib.suppress(OSError), open(self._path(project), "rb") as file:
+            file.seek(start)
+            lines = file.read()
         self._read_up_to[project] = start + len(lines)
         for line in lines.splitlines():
             with contextlib.suppress(ValueError, TypeError):  # torn by a crash
@@ -1671,28 +1580,30 @@ class FactsFiles:
         line = json.dumps([*key, *facts]) + "\n"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(self._folder / f"{project}.jsonl", "ab", buffering=0) as file:
+            with open(self._path(project), "ab", buffering=0) as file:
                 file.write(line.encode())  # one write: lines of two workers do not mix
         except OSError as fault:  # a read-only directory is served all the same
             log.warning("facts are not kept, so a restart hashes again: %s", fault)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _states_of(paths: Iterable[str]) -> dict[str, State]:
+    states = {path: file_state(path) for path in paths}
+    return {path: state for path, state in states.items() if state}
+
+
+def _compute_facts(path: str, state: State) -> Facts | None:
+    """Read a file for its facts; None if it goes or changes while it is read."""
     try:
-        return entry.is_dir()
-    except OSError:  # a loop of links, say
-        return False
-
-
-def _stat_all(paths: Iterable[tuple[str, str]]) -> Iterator[Entry]:
-    for name, path in paths:
-        if state := file_state(path):
-            yield Entry(name, path, state)
-
-
-def _parse_entry(entry: Entry, project: Project) -> Parsed | None:
-    parsed = parse_filename(entry.name, project)
-    return parsed if parsed and parsed.project == project else None
+        with open(path, "rb") as file:
+            facts = read_facts(file, _base(path), state[0])
+            return facts if file_state(path) == state else None
+    except OSError as fault:
+        log.warning("%s is not listed, as it cannot be read: %s", path, fault)
+        return None
 
 
 def make_folder(path: Path) -> None:
@@ -1744,13 +1655,7 @@ def open_staged(folder: Path) -> BinaryIO:
         with contextlib.suppress(FileNotFoundError):  # another worker removed it
             if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
                 os.unlink(entry.path)
-    return open(folder / os.urandom(16).hex(), "xb", buffering=0)
-
-
-def write_all(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:  # an unbuffered file may write less than it is given
-        view = view[file.write(view) :]
+    return open(folder / os.urandom(16).hex(), "xb")
 
 
 def place_file(source: Path, target: Path, *, overwrite: bool) -> None:
@@ -1799,27 +1704,16 @@ class Cloud:
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]:
         marks, began = read_marks([self._marker("")]), time.monotonic()
         objects, prefixes = self.bucket.list(self._prefix, delimiter="/")
-        loose: dict[str, dict[str, Distribution]] = {}
+        loose: dict[Project, dict[str, Distribution]] = {}
         for dist in self._describe(objects):
             loose.setdefault(dist.project, {})[dist.filename] = dist
         names = {prefix[len(self._prefix) : -1] for prefix in prefixes}
         # A folder by another spelling of a project's name is not looked into.
-        folders = {name for name in names if to_project(name) == name}
-        places = {
-            Project(name): Place(
-                (name,) if name in folders else (), loose.get(name, {})
-            )
-            for name in folders | loose.keys()
-        }
+        folders = {Project(n): (n,) for n in names if to_project(n) == n}
         until, sure = began + ROOT_SECONDS * self._sync, began + self._sync
-        return Look(Catalog(places), marks, until, sure)
+        return Look(make_catalog(folders, loose), marks, until, sure)
 
-    def look(
-        self,
-        project: Project,
-        find_root: Callable[[], Look[Catalog]],
-        last: Look[Listing] | None,
-    ) -> Look[Listing]:
+    def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         marks, began = read_marks([self._marker(project)]), time.monotonic()
         objects, _ = self.bucket.list(f"{self._prefix}{project}/")
         loose = find_root().found.places.get(project, Place()).loose
@@ -1861,9 +1755,7 @@ class Cloud:
 
     # Reading...
 
-    def open(
-        self, dist: Distribution, start: int, stop: int
-    ) -> BinaryIO | Iterator[bytes]:
+    def open(self, dist: Distribution, start: int, stop: int) -> Body:
         """From the cache; else from the bucket, and into the cache if it is all."""
         name, generation = _cache_name(dist), dist.state[0]
         if dist.facts.sha256 and (file := self._cache.open(name, start)):
@@ -1874,7 +1766,7 @@ class Cloud:
         chunks = self.bucket.read(
             dist.path, generation=generation, start=start, stop=None if whole else stop
         )
-        wanted = self._cache.fits(dist.size) or not dist.facts.sha256
+        wanted = dist.size <= self._cache.bound or not dist.facts.sha256
         return self._keep(dist, chunks) if whole and wanted else chunks
 
     def _keep(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -1887,50 +1779,39 @@ class Cloud:
         try:
             with file:
                 for chunk in chunks:
-                    write_all(file, chunk)
+                    file.write(chunk)
                     yield chunk
-            if dist.facts.sha256 or self._store_facts(dist, file.name):
-                self._cache.put(_cache_name(dist), Path(file.name))
+            if not dist.facts.sha256:
+                self._store_facts(dist, file.name)
+            self._cache.put(_cache_name(dist), Path(file.name))
         finally:
             Path(file.name).unlink(missing_ok=True)
 
-    def _store_facts(self, dist: Distribution, path: str) -> bool:
+    def _store_facts(self, dist: Distribution, path: str) -> None:
         """Write the facts of an object that was copied in by hand to its metadata."""
-        generation, metageneration = dist.state
+        match = dict(zip(("generation", "metageneration"), dist.state, strict=True))
         try:
             with open(path, "rb") as file:
                 facts = read_facts(file, dist.filename, dist.size)
-            self.bucket.patch(
-                dist.path,
-                object_metadata(facts),
-                generation=generation,
-                metageneration=metageneration,
-            )
+            self.bucket.patch(dist.path, object_metadata(facts), **match)
         except OSError as fault:  # the file is served all the same; its facts can wait
             log.warning("the facts of %s were not written: %s", dist.path, fault)
-            return False
-        finally:  # also if it failed: the object may be another by now
-            self._touch(dist.project, root=dist.loose)
-        return True
+        self._touch(dist.project, root=dist.loose)  # also if it is another object now
 
     # Changing...
 
-    def create(
-        self, new: Addition, existing: Distribution | None, place: Place
-    ) -> None:
+    def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
         name = f"{self._prefix}{new.project}/{new.filename}"
-        if not existing and new.filename in place.loose:
+        if not old and new.filename in place.loose:
             raise FileExistsError(f"{new.filename} is there as a loose file")
-        replaces_loose = existing is not None and existing.loose
-        generation = existing.state[0] if existing and not existing.loose else 0
-        metadata = object_metadata(new.facts, new.uploader)
+        replaces_loose = old is not None and old.loose
+        match = old.state[0] if old and not old.loose else 0
+        values, insert = object_metadata(new.facts, new.uploader), self.bucket.insert
         try:
             with open(new.source, "rb") as file:
-                item = self.bucket.insert(
-                    name, file, metadata=metadata, if_generation=generation
-                )
-            if existing and replaces_loose:
-                self.bucket.delete(existing.path, generation=existing.state[0])
+                item = insert(name, file, metadata=values, if_generation=match)
+            if old and replaces_loose:
+                self.bucket.delete(old.path, generation=old.state[0])
         finally:  # also after a failure, whose effect is not known
             self._touch(new.project, root=replaces_loose or not place.folders)
         self._cache.put(f"{item.generation}-{new.filename}", new.source)
@@ -1942,12 +1823,9 @@ class Cloud:
             self._touch(dist.project, root=True)
 
     def move_home(self, dist: Distribution) -> None:
-        home, generation = (
-            f"{self._prefix}{dist.project}/{dist.filename}",
-            dist.state[0],
-        )
+        home = f"{self._prefix}{dist.project}/{dist.filename}"
         with contextlib.suppress(FileExistsError):  # with the same bytes
-            self.bucket.rewrite(dist.path, home, generation=generation)
+            self.bucket.rewrite(dist.path, home, generation=dist.state[0])
         self.delete(dist)
 
     def _marker(self, project: str) -> str:
@@ -1967,7 +1845,7 @@ class FileCache:
     """Copies of objects on the local disk; the least recently used go first."""
 
     def __init__(self, folder: Path, bound: int) -> None:
-        self._folder, self._bound = folder, bound  # bytes
+        self._folder, self.bound = folder, bound  # bytes
         make_folder(folder)
 
     def open(self, name: str, start: int) -> BinaryIO | None:
@@ -1978,17 +1856,14 @@ class FileCache:
         except FileNotFoundError:
             return None
 
-    def fits(self, size: int) -> bool:
-        return size <= self._bound
-
     def put(self, name: str, source: Path) -> None:
         """Move a file into the cache, and others out of it until all fit."""
-        if not self.fits(source.stat().st_size):
+        if source.stat().st_size > self.bound:
             return
         os.replace(source, self._folder / name)
         with contextlib.suppress(FileNotFoundError):  # another worker does the same
             states = [(e.stat(), e.path) for e in os.scandir(self._folder)]
-            excess = sum(state.st_size for state, _ in states) - self._bound
+            excess = sum(state.st_size for state, _ in states) - self.bound
             for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
                 if excess > 0:
                     os.unlink(path)
@@ -2008,15 +1883,12 @@ def object_metadata(facts: Facts, uploader: str = "") -> dict[str, str]:
 
 def _facts_of(metadata: Mapping[str, str]) -> Facts:
     """Facts out of custom metadata, which anybody may have written there by hand."""
-    sha256, requires_python, core_metadata = (
-        metadata.get(key, "") for key in METADATA_KEYS
-    )
-    hexes = re.compile(r"[0-9a-f]{64}")
-    return Facts(
-        sha256 if hexes.fullmatch(sha256) else "",
-        requires_python,
-        core_metadata if hexes.fullmatch(core_metadata) else "",
-    )
+    sha256, python, core_metadata = (metadata.get(key, "") for key in METADATA_KEYS)
+    return Facts(_hex_or_none(sha256), python, _hex_or_none(core_metadata))
+
+
+def _hex_or_none(text: str) -> str:
+    return text if re.fullmatch(r"[0-9a-f]{64}", text) else ""
 
 
 # ---- 11. Pages -----------------------------------------------------------------------
@@ -2029,12 +1901,10 @@ JSON = "application/vnd.pypi.simple.v1+json"
 HTML_V1 = "application/vnd.pypi.simple.v1+html"
 HTML = "text/html"
 OFFERS = (JSON, HTML_V1, HTML)  # the order of preference among equals
-LATEST = {
-    "application/vnd.pypi.simple.latest+json": JSON,
-    "application/vnd.pypi.simple.latest+html": HTML_V1,
-}
+LATEST = {kind.replace("v1", "latest"): kind for kind in (JSON, HTML_V1)}
 LARGE_PAGE = 1 << 20  # bytes; level 6 takes thrice the time of 1, for a tenth less
 Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
+Renderer = Callable[[Source], str]
 
 
 @lru_cache(maxsize=256)  # clients send a handful of different headers
@@ -2084,8 +1954,8 @@ def requested_type(request: Request) -> str:
 def page_response(
     request: Request,
     source: Source,
-    to_html: Callable[[Source], str],
-    to_json: Callable[[Source], str],
+    to_html: Renderer[Source],
+    to_json: Renderer[Source],
 ) -> Response:
     """Answer a page in the representation that is asked for, or 304."""
     kind = requested_type(request)
@@ -2108,14 +1978,12 @@ def render(body: bytes, kind: str, *, gzip: bool) -> Answer:
         ("Cache-Control", "no-cache"),
         ("Vary", "Accept, Accept-Encoding"),
     )
-    content_type = kind if kind == JSON else f"{kind}; charset=utf-8"
-    headers = [*kept, ("Content-Type", content_type)]
+    packed = [("Content-Encoding", "gzip")] if gzip else []
     if gzip:
         level = 6 if len(body) < LARGE_PAGE else 1
         body = zlib.compress(body, level, wbits=31)  # 31: with gzip's header
-        headers.append(("Content-Encoding", "gzip"))
-    headers.append(("Content-Length", str(len(body))))
-    full = Response("200 OK", tuple(headers), (body,))
+    content_type = kind if kind == JSON else f"{kind}; charset=utf-8"
+    full = body_response("200 OK", content_type, body, *kept, *packed)
     return full, Response("304 Not Modified", kept)
 
 
@@ -2161,9 +2029,8 @@ def _link(dist: Distribution) -> Html:
         "data-dist-info-metadata": core_metadata,  # its name in PEP 658, for older pip
         "data-yanked": dist.yanked,
     }
-    text = "".join(
-        f' {k}="{escape(v)}"' for k, v in attributes.items() if v is not None
-    )
+    pairs = attributes.items()
+    text = "".join(f' {k}="{escape(v)}"' for k, v in pairs if v is not None)
     return Html(f"<a{text}>{escape(dist.filename)}</a><br>")
 
 
@@ -2244,11 +2111,8 @@ def _fall_back(settings: Settings, request: Request) -> Response:
 # clients may keep it. It has no Content-Encoding, as pip hashes what arrives.
 
 SMALL = 64 << 10  # bytes; to read so few is quicker than to set sendfile up
-TYPES = {
-    ".zip": "application/zip",
-    ".gz": "application/gzip",
-    ".tgz": "application/gzip",
-}
+GZIP = "application/gzip"
+TYPES = {".zip": "application/zip", ".gz": GZIP, ".tgz": GZIP}
 
 
 def download(app: App, request: Request) -> Response:
@@ -2279,9 +2143,7 @@ def metadata_response(app: App, request: Request, dist: Distribution) -> Respons
     except ArchiveError as fault:
         why = f"{dist.filename} has no core metadata: {fault}."
         raise HTTPError(404, why) from fault
-    plain = (("Content-Type", TEXT), ("X-Content-Type-Options", "nosniff"))
-    length = ("Content-Length", str(len(body)))
-    return Response("200 OK", (*headers, *plain, length), (body,))
+    return body_response("200 OK", TEXT, body, *headers, NOSNIFF)
 
 
 def _lifetime(app: App) -> str:
@@ -2292,12 +2154,10 @@ def _lifetime(app: App) -> str:
 def file_response(app: App, request: Request, dist: Distribution) -> Response:
     """Answer a file: 200, 206, 304 or 416. FileNotFoundError: it was replaced."""
     tag, modified, size = dist.tag, _http_date(dist.uploaded), dist.size
-    headers = [
-        ("ETag", tag),
-        ("Last-Modified", modified),
-        ("Cache-Control", _lifetime(app)),
-    ]
-    if _is_unchanged(request, tag, modified):
+    headers = [("ETag", tag), ("Last-Modified", modified)]
+    headers.append(("Cache-Control", _lifetime(app)))
+    tags, since = request.header("If-None-Match"), request.header("If-Modified-Since")
+    if _names_tag(tags, tag) if tags else since == modified:
         return Response("304 Not Modified", tuple(headers))
     kind = TYPES.get(os.path.splitext(dist.filename)[1], "application/octet-stream")
     headers += [("Content-Type", kind), ("Accept-Ranges", "bytes")]
@@ -2319,12 +2179,6 @@ def _http_date(seconds: float) -> str:
     from email.utils import formatdate
 
     return formatdate(seconds, usegmt=True)
-
-
-def _is_unchanged(request: Request, tag: str, modified: str) -> bool:
-    if tags := request.header("If-None-Match"):
-        return _names_tag(tags, tag)
-    return request.header("If-Modified-Since") == modified
 
 
 def _requested_range(
@@ -2389,7 +2243,7 @@ class PartData:
 
 @dataclass(frozen=True, slots=True)
 class PartEnds:
-    pass
+    """Its body is complete."""
 
 
 Event = PartBegins | PartData | PartEnds
@@ -2546,7 +2400,7 @@ class Form:
             self._hashing = hashing
         else:
             self._hash(data)
-        write_all(file, data)
+        file.write(data)
         self.size += len(data)
 
     def _hash(self, data: bytes) -> None:
@@ -2567,6 +2421,7 @@ class Form:
 
     def _end(self) -> None:
         if self._file:
+            self._file.flush()
             os.fsync(self._file.fileno())  # an acknowledged upload survives a power cut
             self.close()
         elif self._field in KEPT_FIELDS:
@@ -2691,9 +2546,8 @@ def _check_filename(form: Form) -> Parsed:
     if kind and kind != ("bdist_wheel" if name.endswith(".whl") else "sdist"):
         raise HTTPError(400, f"The filetype {kind!r} does not fit {name!r}.")
     if not version_key(parsed.version)[0]:
-        raise HTTPError(
-            400, f"{name!r} has the version {parsed.version!r}: see PEP 440."
-        )
+        why = f"{name!r} has the version {parsed.version!r}: see PEP 440."
+        raise HTTPError(400, why)
     _check_agreement(parsed, "form", fields.get("name"), fields.get("version"))
     return parsed
 
@@ -2703,9 +2557,8 @@ def _check_agreement(
 ) -> None:
     filename = parsed.filename
     if name is not None and normalize(name) != parsed.project:
-        raise HTTPError(
-            400, f"The {where} names {name!r}, but the file is {filename!r}."
-        )
+        why = f"The {where} names {name!r}, but the file is {filename!r}."
+        raise HTTPError(400, why)
     if version is not None and version_key(version) != version_key(parsed.version):
         why = f"The {where} has version {version!r}, but the file is {filename!r}."
         raise HTTPError(400, why)
@@ -2733,9 +2586,8 @@ def _check_archive(form: Form, staged: Path, parsed: Parsed) -> Facts:
     except ArchiveError as fault:
         raise HTTPError(400, f"{parsed.filename} is broken: {fault}.") from fault
     _check_agreement(parsed, "archive's metadata", metadata.name, metadata.version)
-    return facts_from(
-        parsed.filename, form.digests["sha256_digest"].hexdigest(), metadata
-    )
+    sha256 = form.digests["sha256_digest"].hexdigest()
+    return facts_from(parsed.filename, sha256, metadata)
 
 
 def _propose_removal(app: App, form: Form) -> Response:
@@ -2758,10 +2610,7 @@ def _propose_removal(app: App, form: Form) -> Response:
 
 def plain_response(kind: str, text: str) -> Response:
     """An answer that is not kept, here or by the client."""
-    body = text.encode()
-    length = ("Content-Length", str(len(body)))
-    headers = (("Content-Type", kind), ("Cache-Control", "no-cache"), length)
-    return Response("200 OK", headers, (body,))
+    return body_response("200 OK", kind, text.encode(), ("Cache-Control", "no-cache"))
 
 
 def project_json(app: App, request: Request) -> Response:
@@ -2785,12 +2634,8 @@ def project_json(app: App, request: Request) -> Response:
 
 def _latest(listing: Listing) -> str:
     """The newest; one that is yanked or no final release only if there is no other."""
-
-    def rank(dist: Distribution) -> tuple[Any, ...]:
-        return dist.yanked is None, is_final(dist.key), dist.key
-
-    best = max(listing.dists, key=rank, default=None)
-    return best.version if best else ""
+    ranks = [(d.yanked is None, is_final(d.key), d.key, d) for d in listing.dists]
+    return max(ranks, key=lambda rank: rank[:3])[3].version if ranks else ""
 
 
 def _release_json(dist: Distribution, base: str) -> dict[str, Any]:
@@ -2821,36 +2666,32 @@ def all_files(app: App, request: Request) -> Response:
     return plain_response(f"{HTML}; charset=utf-8", _simple_page("All files", links))
 
 
+WELCOME = html_page(
+    "Private Python packages",
+    "<p>Install:</p>\n<pre>pip install --index-url {{SIMPLE}} PROJECT</pre>\n"
+    "<p>Publish:</p>\n<pre>twine upload --repository-url {{URL}} dist/*</pre>\n"
+    '<p>Look at the <a href="simple/">projects</a> or at '
+    '<a href="packages/">all files</a>.</p>\n<p>pypi_ae {{VERSION}}</p>',
+)
+
+
 def start_page(app: App, request: Request) -> Response:
-    """/: the commands to copy, or the file that WELCOME_FILE names."""
+    """/: the commands to copy, or the file that WELCOME_FILE names.
+
+    The placeholders are those of pypiserver. NUMPKGS counts projects.
+    """
     base, mount = request.base_url() + "/", request.environ.get("SCRIPT_NAME", "")
     if mount and not request.environ.get("PATH_INFO"):  # relative links need the slash
         return redirect(quote(mount.rpartition("/")[2], encoding="latin-1") + "/")
-    if app.settings.welcome_file:
-        page = _welcome(app, request, app.settings.welcome_file)
-    else:
-        install = escape(f"pip install --index-url {base}simple/ PROJECT")
-        publish = escape(f"twine upload --repository-url {base} dist/*")
-        body = (
-            f"<p>Install:</p>\n<pre>{install}</pre>\n"
-            f"<p>Publish:</p>\n<pre>{publish}</pre>\n"
-            '<p>Look at the <a href="simple/">projects</a> or at '
-            f'<a href="packages/">all files</a>.</p>\n<p>pypi_ae {__version__}</p>'
-        )
-        page = html_page("Private Python packages", body)
-    return plain_response(f"{HTML}; charset=utf-8", page)
-
-
-def _welcome(app: App, request: Request, path: Path) -> str:
-    """pypiserver's placeholders keep their names; NUMPKGS counts projects."""
-    text, base = path.read_text("utf-8"), request.base_url() + "/"
-    values = {"URL": base, "VERSION": __version__}
-    values |= {"PACKAGES": f"{base}packages/", "SIMPLE": f"{base}simple/"}
-    if "{{NUMPKGS}}" in text:
-        values["NUMPKGS"] = str(len(app.index.catalog(request.started).projects))
+    file = app.settings.welcome_file
+    page = file.read_text("utf-8") if file else WELCOME
+    values = {"URL": base, "PACKAGES": f"{base}packages/", "SIMPLE": f"{base}simple/"}
+    values["VERSION"] = __version__
+    if "{{NUMPKGS}}" in page:
+        values["NUMPKGS"] = str(len(app.index.root(request.started).found.projects))
     for name, value in values.items():
-        text = text.replace("{{" + name + "}}", escape(value))
-    return text
+        page = page.replace("{{" + name + "}}", escape(value))
+    return plain_response(f"{HTML}; charset=utf-8", page)
 
 
 def health(app: App, request: Request) -> Response:
@@ -2863,7 +2704,7 @@ def warm_up(app: App, request: Request) -> Response:
 
     To list the root takes credentials and a connection: the first request finds all.
     """
-    app.index.catalog(request.started)
+    app.index.root(request.started)
     return text_response(200, "Ok")
 
 
@@ -2887,7 +2728,11 @@ def search(app: App, request: Request) -> Response:
         words = _search_words(method, parameters)
     except Exception as fault:  # foreign XML raises expat's, struct's and type errors
         raise HTTPError(400, f"Invalid XML-RPC payload: {fault}.") from fault
-    hits = _search(app.index.names(request.catalog), words)
+    latest: dict[str, str] = {}
+    for _, project, version in app.index.names(request.catalog):
+        if any(word in project for word in words):
+            latest[project] = max(latest.get(project, ""), version, key=version_key)
+    hits = [{"name": p, "version": v, "summary": ""} for p, v in latest.items()]
     answer = xmlrpc.client.dumps((hits,), methodresponse=True)
     return plain_response("text/xml", answer)
 
@@ -2897,14 +2742,6 @@ def _search_words(method: str | None, parameters: Sequence[Any]) -> list[str]:
         raise ValueError(f"there is no method {method!r}, only search")
     words = dict(parameters[0]).get("name", [])
     return [normalize(w) for w in ([words] if isinstance(words, str) else words) if w]
-
-
-def _search(names: Iterable[Parsed], words: Sequence[str]) -> list[dict[str, str]]:
-    latest: dict[str, str] = {}
-    for _, project, version in names:
-        if any(word in project for word in words):
-            latest[project] = max(latest.get(project, ""), version, key=version_key)
-    return [{"name": p, "version": v, "summary": ""} for p, v in latest.items()]
 
 
 # ---- 15. Routes and the app ----------------------------------------------------------
@@ -2945,11 +2782,9 @@ ROUTES = (
 )
 
 
-class Match(NamedTuple):
-    route: Route
-    project: Project
-    args: Mapping[str, str]
-    location: str  # where to redirect to; "" if the path is as it should be
+# A route, the project and the other words of the path, and where to redirect to; "" if
+# the path is as it should be.
+Match = tuple[Route, Project, Mapping[str, str], str]
 
 
 class Router:
@@ -2961,17 +2796,15 @@ class Router:
 
     def _match(self, method: str, path: str) -> Match:
         if len(path) > MAX_PATH:
-            raise HTTPError(
-                414, f"The path has {len(path)} letters; {MAX_PATH} will do."
-            )
-        slashed = path if path.endswith("/") else path + "/"
+            why = f"The path has {len(path)} letters; the most is {MAX_PATH}."
+            raise HTTPError(414, why)
         # Uploads work with and without the slash: their clients follow no redirect.
-        for candidate in (path, slashed):
+        fits = (path, path if path.endswith("/") else path + "/")
+        for candidate in fits:
             for pattern, route in self._routes:
                 match = pattern.fullmatch(candidate)
                 if match and route.method == method:
                     return _describe_match(route, path, match.groupdict())
-        fits = (path, slashed)
         methods = {r.method for p, r in self._routes if any(map(p.fullmatch, fits))}
         if not methods:
             raise HTTPError(404, f"There is nothing at {path!r}.")
@@ -2989,9 +2822,9 @@ def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
         raise HTTPError(404, f"{args['project']!r} is not a project's name (PEP 508).")
     canonical = route.path.format(**args | {"project": project})
     if route.method != "GET" or route.action == "download" or canonical == path:
-        return Match(route, project, args, "")
+        return route, project, args, ""
     location = quote(canonical.encode("latin-1", "replace"), safe="/+!")
-    return Match(route, project, args, relative(path, location))
+    return route, project, args, relative(path, location)
 
 
 class App:
@@ -3039,9 +2872,8 @@ class App:
 
     def _respond(self, request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
-        route, request.project, request.args, location = self._router.match(
-            method, request.path
-        )
+        match = self._router.match(method, request.path)
+        route, request.project, request.args, location = match
         request.route = route
         if route.action in self.settings.authenticate:
             self._authorize(request)
@@ -3073,7 +2905,11 @@ class App:
 
     def _log(self, level: int, request: Request, what: str, **more: Any) -> None:
         who = request.user or request.environ.get("REMOTE_ADDR", "")
-        extra = {"cloud": _cloud_fields(self.settings, request)}
+        project = self.settings.cloud_project
+        trace = request.header("X-Cloud-Trace-Context").split("/")[0]
+        if trace and project:
+            trace = f"projects/{project}/traces/{trace}"
+        extra = {"cloud": {"logging.googleapis.com/trace": trace}}
         line = (request.method, request.path, who, one_line(what))
         log.log(level, "%s %r by %s: %s", *line, extra=extra, **more)
 
@@ -3082,14 +2918,6 @@ def _in_words(change: Addition | Removal) -> str:
     if isinstance(change, Addition):
         return f"added {change.filename} sha256={change.facts.sha256}"
     return f"removed {change.distribution.filename} {change.distribution.hashes}"
-
-
-def _cloud_fields(settings: Settings, request: Request) -> dict[str, Any]:
-    """What Cloud Logging reads of an entry (LogEntry): the trace of its request."""
-    trace = request.header("X-Cloud-Trace-Context").split("/")[0]
-    if trace and settings.cloud_project:
-        trace = f"projects/{settings.cloud_project}/traces/{trace}"
-    return {"logging.googleapis.com/trace": trace}
 
 
 class CloudFormatter(logging.Formatter):
@@ -3129,9 +2957,9 @@ def get_app(
     who = Users(users if users is not None else checked.password_file)
     if checked.authenticate - {"update"} and not who.logins().checks:
         actions = ", ".join(sorted(checked.authenticate))
+        need = "set PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
         raise SettingsError(
-            f"AUTHENTICATE is {actions}, but there are no users: name their file with "
-            "PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
+            f"AUTHENTICATE is {actions}, but there are no users: {need}"
         )
     _set_up_log(hosted=checked.hosted)
     store: Store = _cloud(checked) if checked.bucket_name else Directory(checked.root)
@@ -3161,10 +2989,9 @@ def _cloud(settings: Settings) -> Cloud:
         if not find_spec("google.auth"):  # imported with the first token, not before
             raise ImportError("No module named 'google.auth'")
     except ImportError as fault:
-        raise SettingsError(
-            "BUCKET_NAME needs gcs_rest.py beside this file, and the packages "
-            f"google-auth and requests (pip install google-auth requests): {fault}"
-        ) from fault
+        need = "BUCKET_NAME needs gcs_rest.py beside this file, and the packages"
+        install = "google-auth and requests (pip install google-auth requests)"
+        raise SettingsError(f"{need} {install}: {fault}") from fault
     return Cloud(gcs_rest.Bucket(settings.bucket_name), settings)
 
 
@@ -3202,12 +3029,9 @@ def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted: python pypi_ae.py [run] [DIR] [flags]."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        "pypi_ae.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # a flag that is not given sets nothing
-    )
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    layout["argument_default"] = argparse.SUPPRESS  # a flag not given sets nothing
+    parser = argparse.ArgumentParser("pypi_ae.py", description=__doc__, **layout)
     parser.add_argument("root", nargs="?", metavar="DIR", help="packages (./packages)")
     port = os.environ.get("PORT", "8080")
     parser.add_argument("-p", "--port", default=port, help="port (8080)")
@@ -3218,13 +3042,8 @@ def run(arguments: Sequence[str]) -> int:
     fallback = parser.add_mutually_exclusive_group()
     text = "redirect unknown projects to this index"
     fallback.add_argument("--fallback-url", help=text, metavar="VALUE")
-    fallback.add_argument(
-        "--disable-fallback",
-        dest="fallback_url",
-        action="store_const",
-        const="",
-        help="the default",
-    )
+    off: dict[str, Any] = {"action": "store_const", "const": "", "help": "the default"}
+    fallback.add_argument("--disable-fallback", dest="fallback_url", **off)
     parser.add_argument("-o", "--overwrite", action="store_const", const="yes")
     parser.add_argument("-v", "--verbose", action="store_true", help="log all requests")
     given = vars(parser.parse_args(arguments))
