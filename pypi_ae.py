@@ -1328,11 +1328,10 @@ def _have_same_bytes(one: Distribution, other: Distribution) -> bool:
     return one.size == other.size and any(a and a == b for a, b in digests)
 
 
-def same_or_new(project: Project, dists: list[Distribution], last: Last) -> Listing:
+def relist(project: Project, dists: Iterable[Distribution], last: Last) -> Listing:
     """The last listing, with its rendered pages, if it has just these distributions."""
-    if last and last.found.dists == dists:
-        return last.found
-    return Listing(project, dists)
+    listing = Listing(project, dists)
+    return last.found if last and last.found.dists == listing.dists else listing
 
 
 class RangedFile:
@@ -1444,7 +1443,7 @@ class Directory:
         times += [state[1] for state in states.values()]
         settled = all(_is_settled(mtime, now) for mtime in times)
         until = _trusted_until(began) if settled else 0.0
-        return Look(same_or_new(project, dists, last), marks, until, until, place)
+        return Look(relist(project, dists, last), marks, until, until, place)
 
     def _folders(self, project: Project, place: Place) -> list[str]:
         """The project's folder, and others whose name is a spelling of it."""
@@ -1718,19 +1717,20 @@ class Cloud:
         objects, _ = self.bucket.list(f"{self._prefix}{project}/")
         loose = find_root().found.places.get(project, Place()).loose
         dists = {name: dist for name, dist in loose.items() if dist}
-        known = last.found.by_name if last else {}
-        for dist in self._describe(objects, project):
-            old = known.get(dist.filename)
-            same = old and (old.path, old.state) == (dist.path, dist.state)
-            dists[dist.filename] = old if old and same else dist
-        listing = same_or_new(project, list(dists.values()), last)
+        dists |= {d.filename: d for d in self._describe(objects, project, last)}
+        listing = relist(project, dists.values(), last)
         return Look(listing, marks, began + self._sync, began)
 
     def _describe(
-        self, objects: Iterable[Object], project: str = ""
+        self, objects: Iterable[Object], project: str = "", last: Last = None
     ) -> Iterator[Distribution]:
         """Distributions of objects in the root, or in their project's folder."""
+        known = {dist.path: dist for dist in last.found.dists} if last else {}
         for item in objects:
+            old, state = known.get(item.name), (item.generation, item.metageneration)
+            if old and old.state == state:
+                yield old
+                continue
             folder, _, name = item.name[len(self._prefix) :].rpartition("/")
             parsed = parse_filename(name, project or folder)
             if parsed and folder in ("", parsed.project):
@@ -1741,7 +1741,7 @@ class Cloud:
                     facts=_facts_of(item.metadata),
                     yanked=item.metadata.get("yanked"),
                     path=item.name,
-                    state=(item.generation, item.metageneration),
+                    state=state,
                     loose=not folder,
                     md5=item.md5,
                 )
@@ -1757,16 +1757,15 @@ class Cloud:
 
     def open(self, dist: Distribution, start: int, stop: int) -> Body:
         """From the cache; else from the bucket, and into the cache if it is all."""
-        name, generation = _cache_name(dist), dist.state[0]
-        if dist.facts.sha256 and (file := self._cache.open(name, start)):
+        known = dist.facts.sha256 != ""
+        if known and (file := self._cache.open(_cache_name(dist), start)):
             return file
         if not dist.size:  # no Range can say "nothing"
             return iter(())
-        whole = stop - start == dist.size  # then its md5 is compared
-        chunks = self.bucket.read(
-            dist.path, generation=generation, start=start, stop=None if whole else stop
-        )
-        wanted = dist.size <= self._cache.bound or not dist.facts.sha256
+        whole = stop - start == dist.size  # the md5 of a whole object is compared
+        span = {"start": start} if whole else {"start": start, "stop": stop}
+        chunks = self.bucket.read(dist.path, generation=dist.state[0], **span)
+        wanted = not known or dist.size <= self._cache.bound
         return self._keep(dist, chunks) if whole and wanted else chunks
 
     def _keep(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -2538,10 +2537,8 @@ def _check_filename(form: Form) -> Parsed:
     name, fields = form.filename, form.fields
     parsed = parse_filename(name, normalize(fields.get("name", "")))
     if not parsed or not name.endswith(UPLOADABLE):
-        why = (
-            f"not that of a wheel or sdist ({', '.join(UPLOADABLE)}; PEP 427, PEP 625)"
-        )
-        raise HTTPError(400, f"Bad filename: {name!r} is {why}.")
+        kinds = f"not that of a wheel or sdist ({', '.join(UPLOADABLE)})"
+        raise HTTPError(400, f"Bad filename: {name!r} is {kinds}: PEP 427, PEP 625.")
     kind = fields.get("filetype")
     if kind and kind != ("bdist_wheel" if name.endswith(".whl") else "sdist"):
         raise HTTPError(400, f"The filetype {kind!r} does not fit {name!r}.")
@@ -2958,15 +2955,16 @@ def get_app(
     if checked.authenticate - {"update"} and not who.logins().checks:
         actions = ", ".join(sorted(checked.authenticate))
         need = "set PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
-        raise SettingsError(
-            f"AUTHENTICATE is {actions}, but there are no users: {need}"
-        )
+        raise _bad("AUTHENTICATE", actions, f"there are no users: {need}")
     _set_up_log(hosted=checked.hosted)
     store: Store = _cloud(checked) if checked.bucket_name else Directory(checked.root)
     if checked.remote and not checked.bucket_name:
         log.info("REMOTE_PACKAGE_DIRECTORY is served, as no BUCKET_NAME is set")
     log.info("pypi_ae %s serves %s", __version__, place_of(checked))
-    return App(checked, Index(store), who)
+    app = App(checked, Index(store), who)
+    if not checked.bucket_name:  # a directory that cannot be read is noticed now
+        app.index.root(time.monotonic())
+    return app
 
 
 def place_of(settings: Settings) -> str:
