@@ -24,11 +24,12 @@ Contents. Each part uses those above it; to follow a request, start at the app (
     15. Routes and the app     who may do what; the WSGI application; get_app()
     16. Command line           run, passwd, tidy
 
-Three ways, as functions in the order in which they are called (a test follows them):
+Three ways, as functions in the order in which they are called, in a bucket (a test
+follows them):
 
-    page      respond match pull listing look list simple_project page_response push
-    upload    respond match pull upload read_form read_core_metadata push create insert
-    download  respond match pull listing download file_response open read push
+    page      respond pull listing look list simple_project page_response render push
+    upload    respond pull upload read_form read_core_metadata push create insert
+    download  respond pull listing download file_response open read push
 
 Run it:     python pypi_ae.py [run] [DIR] [-p 8080] [-P htpasswd.txt]
             gunicorn 'pypi_ae:get_app()'
