@@ -2967,7 +2967,7 @@ def test_an_object_without_sense_is_corrupted(
     google: responses.RequestsMock, bucket: Bucket, answer: dict[str, Any]
 ) -> None:
     google.get(ONE, json=answer)
-    with pytest.raises(Corrupted, match="no object"):
+    with pytest.raises(Corrupted, match="not an object"):
         bucket.get(OBJECT)
 
 
@@ -3203,9 +3203,9 @@ def test_pauses_are_fully_jittered_and_double(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("gcs_rest.random.uniform", uniform)
     monkeypatch.setattr("gcs_rest.time.sleep", slept.append)
-    patience = gcs_rest.Patience(gcs_rest.DEADLINE, gcs_rest.BACKOFF)
+    retries = gcs_rest.Retries(gcs_rest.DEADLINE, gcs_rest.BACKOFF)
     for _ in range(5):
-        assert patience.wait(StorageError("x"))
+        assert retries.wait(StorageError("x"))
     assert drawn == [(0, 0.5), (0, 1), (0, 2), (0, 4), (0, 4)]
     assert slept == [0.25, 0.5, 1, 2, 2]
 
@@ -3278,7 +3278,7 @@ def test_a_second_401_is_refused(
 ) -> None:
     call, method, url, _ = OPERATIONS[operation]
     google.add(method, url, status=401)
-    with pytest.raises(Refused, match="not accepted: me@project") as caught:
+    with pytest.raises(Refused, match="not accept .* me@project") as caught:
         call(bucket)
     assert caught.value.status == 401
     assert len(google.calls) == 2
@@ -3525,7 +3525,7 @@ def test_an_ignored_range_does_not_pass_for_the_range(
 ) -> None:
     google.get(MEDIA, body=DATA, headers={"Content-Length": "600"})
     assert b"".join(bucket.read(OBJECT, generation=7, stop=7)) == DATA[:7]
-    with pytest.raises(Corrupted, match="asked for 5, got 0"):
+    with pytest.raises(Corrupted, match="asked for byte 5, got 0"):
         bucket.read(OBJECT, generation=7, start=5)
 
 
@@ -3635,7 +3635,7 @@ def test_a_known_md5_saves_reading_the_file_first(
     google: responses.RequestsMock, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     google.post(UPLOAD, json=item())
-    monkeypatch.delattr(gcs_rest, "digest")
+    monkeypatch.delattr(gcs_rest, "file_md5")
     insert(bucket, md5=hashlib.md5(DATA).hexdigest())
 
 
@@ -4225,7 +4225,7 @@ def test_folders_and_pages_are_listed(real: Bucket) -> None:
     names = [f"p/{project}/{n}" for project in "abc" for n in range(3)]
     for name in [*names, "p/loose", "other"]:
         real.insert(name, io.BytesIO(b"x"), metadata={})
-    real.page = 2
+    real.page_size = 2
     assert [o.name for o in real.list("p/a/")[0]] == names[:3]
     objects, prefixes = real.list("p/", delimiter="/")
     assert [o.name for o in objects] == ["p/loose"]
