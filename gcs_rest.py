@@ -13,11 +13,10 @@ Contents
     6. The bucket                 list, get, read, insert, patch, delete, rewrite
 
 How to use it
-    bucket = Bucket("my-bucket")
-    with open("a.whl", "rb") as file:
+    with Bucket("my-bucket") as bucket, open("a.whl", "rb") as file:
         stored = bucket.insert("packages/a.whl", file, metadata={"sha256": "..."})
-    for chunk in bucket.read(stored.name, generation=stored.generation):
-        ...
+        for chunk in bucket.read(stored.name, generation=stored.generation):
+            ...
     Any number of threads may share one Bucket. Importing this module does no I/O, and
     no request is sent before the first call.
 
@@ -29,11 +28,12 @@ Environment
     HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE   read once, when a Bucket is made
 
 What it promises
-    A request is repeated only if repeating it is safe, and for at most `deadline`
-    seconds without progress. Bodies are streamed in constant memory. A file that was
-    stored, and an object that was read whole, agreed with its md5. Every error is a
-    StorageError and also the built-in error that it resembles (FileNotFoundError,
-    FileExistsError, ...).
+    A request is repeated only if repeating it is safe, and only until `deadline`
+    seconds have passed without progress; the caller chooses the deadline. Bodies are
+    streamed in constant memory. A file that was stored, and an object that was read
+    whole, have the right size and md5. Composite objects have no md5, and a part of an
+    object has none: of these only the length is checked. Every error is a StorageError
+    and also the built-in error that it resembles (FileNotFoundError, ...).
 
 What it is not: no buckets, ACLs, compose, signed URLs or batches.
 Part of pypi-ae (MIT licence), which tests it; it may be copied and used alone.
@@ -58,13 +58,24 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from http.client import HTTPException
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import quote, urlencode
 
 import requests
+from requests import Response, Session
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
+__all__ = [
+    "Bucket",
+    "Corrupted",
+    "NotFound",
+    "Object",
+    "PreconditionFailed",
+    "Refused",
+    "StorageError",
+    "Unavailable",
+]
 __version__ = "1.0"
 
 DEADLINE = 8.0  # s without progress; hatch waits 10 s for the answer to an upload
@@ -102,6 +113,9 @@ class Object(NamedTuple):
     md5: str  # "" for composite objects, which have none
     created: float
     metadata: Mapping[str, str]
+
+
+Listing = tuple[list[Object], list[str]]  # objects, and prefixes ("folders")
 
 
 class StorageError(OSError):
@@ -194,8 +208,7 @@ def find_credentials(environ: Mapping[str, str]) -> Credentials:
     if on_platform and not environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
         from google.auth import compute_engine
 
-        metadata_server: Any = compute_engine.Credentials  # it has no annotations
-        return metadata_server(scopes=SCOPES, universe_domain=UNIVERSE)
+        return compute_engine.Credentials(scopes=SCOPES, universe_domain=UNIVERSE)  # type: ignore[no-untyped-call]
     import google.auth
 
     return google.auth.default(scopes=SCOPES)[0]
@@ -215,8 +228,8 @@ def auth_errors() -> Iterator[None]:
         raise Refused(f"no access token: {error}; {advice}") from error
 
 
-def new_session(root: str) -> requests.Session:
-    session = requests.Session()
+def new_session(root: str) -> Session:
+    session = Session()
     # With trust_env, requests would read the proxy variables again for each request,
     # and replace our Authorization header if ~/.netrc has an entry for the host.
     session.trust_env = False
@@ -315,8 +328,6 @@ class Retries:
         return True
 
 
-Timeouts = tuple[float, float]  # s: to connect; to wait for each part of the answer
-
 # Raised when a connection is lost: before the answer, within it, or in a streamed body.
 # HTTPError is the base class of urllib3's errors; it does not mean an HTTP status.
 LOST_CONNECTION = (
@@ -332,20 +343,23 @@ class Client:
     """Sends requests about one bucket, with an access token and with retries."""
 
     def __init__(
-        self,
-        bucket: str,
-        session: requests.Session | None,
-        credentials: Credentials | None,
-        deadline: float,
+        self, bucket: str, session: Session | None, creds: Credentials, deadline: float
     ) -> None:
         emulator = find_emulator(os.environ)
         self.bucket, self.root = bucket, emulator or ROOT
         self.session = session or new_session(self.root)
-        self.anonymous = bool(emulator) and credentials is None
-        self.credentials = credentials
+        self.owns_session = session is None
+        self.anonymous = bool(emulator) and creds is None
+        self.credentials = creds
         self.transport: Any = None  # google.auth's; it requests the tokens
         self.lock = threading.Lock()  # so that only one thread requests a token
         self.deadline, self.backoff = deadline, BACKOFF
+
+    def close(self) -> None:
+        if self.owns_session:
+            self.session.close()
+        if self.transport is not None:
+            self.transport.session.close()
 
     def path(self, name: str = "") -> str:
         """Returns the URL path of an object, or that of the bucket's objects."""
@@ -375,7 +389,7 @@ class Client:
     def new_retries(self) -> Retries:
         return Retries(self.deadline, self.backoff)
 
-    def send(self, call: Call) -> requests.Response:
+    def send(self, call: Call) -> Response:
         """Sends a call, again while that is safe and useful; raises the last error."""
         retries = self.new_retries()
         while True:
@@ -390,7 +404,7 @@ class Client:
     def fetch_json(self, call: Call) -> dict[str, Any]:
         return read_json(call, self.send(call))
 
-    def send_once(self, call: Call, left: float = sys.maxsize) -> requests.Response:
+    def send_once(self, call: Call, left: float = sys.maxsize) -> Response:
         """Sends a call once, with `left` seconds; raises a StorageError if it fails."""
         timeout = (CONNECT_TIMEOUT, min(call.timeout, max(left, READ_TIMEOUT_MIN)))
         try:
@@ -407,7 +421,7 @@ class Client:
             raise StorageError(f"{call.what}: {invalid!r}") from invalid
         raise error
 
-    def request(self, call: Call, timeout: Timeouts) -> requests.Response:
+    def request(self, call: Call, timeout: tuple[float, float]) -> Response:
         """Sends with a token; if the answer is 401, once more with a new token."""
         response = self.request_with_token(call, timeout)
         if response.status_code == 401 and not self.anonymous:
@@ -416,7 +430,7 @@ class Client:
             response = self.request_with_token(call, timeout)
         return response
 
-    def request_with_token(self, call: Call, timeout: Timeouts) -> requests.Response:
+    def request_with_token(self, call: Call, timeout: tuple[float, float]) -> Response:
         headers = dict(call.headers or {})
         if not self.anonymous:
             with self.lock, auth_errors():
@@ -451,7 +465,7 @@ class Client:
             self.credentials = find_credentials(os.environ)
         return self.credentials
 
-    def error_of(self, call: Call, response: requests.Response) -> StorageError:
+    def error_of(self, call: Call, response: Response) -> StorageError:
         status = response.status_code
         kind, advice = ERRORS.get(status, (StorageError, "check the arguments"))
         if status in (408, 429) or status >= 500:
@@ -470,7 +484,7 @@ def connection_lost(call: Call, error: Exception) -> Unavailable:
     return Unavailable(f"{call.what}: connection lost: {reason}; try again later")
 
 
-def error_reason(response: requests.Response) -> str:
+def error_reason(response: Response) -> str:
     """Returns the server's explanation; its body is JSON, XML, plain text or empty."""
     try:
         error = response.json()["error"]
@@ -480,7 +494,7 @@ def error_reason(response: requests.Response) -> str:
         return " ".join(text.split())[:REASON_MAX] or str(response.reason or "")
 
 
-def read_json(call: Call, response: requests.Response) -> dict[str, Any]:
+def read_json(call: Call, response: Response) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         if isinstance(answer := response.json(), dict):
             return answer
@@ -511,7 +525,7 @@ class Download:
     call: Call
     position: int
     end: int
-    response: requests.Response | None = None
+    response: Response | None = None
 
     def call_for_rest(self) -> Call:
         headers = {"Accept-Encoding": "gzip"}
@@ -520,12 +534,11 @@ class Download:
             headers["Range"] = f"bytes={self.position}-{last}"
         return replace(self.call, headers=headers)
 
-    def open(self, send: Callable[[Call], requests.Response]) -> requests.Response:
+    def open(self, send: Callable[[Call], Response]) -> Response:
         self.response = response = send(self.call_for_rest())
         first, size = parse_extent(response)
         if first != self.position:
-            problem = f"asked for byte {self.position}, got {first}"
-            raise Corrupted(f"{self.call.what}: {problem}")
+            raise Corrupted(f"{self.call.what}: the answer starts at byte {first}")
         self.end = min(self.end, size)
         return response
 
@@ -586,15 +599,14 @@ class Download:
             self.response = None
 
 
-def parse_extent(response: requests.Response) -> tuple[int, int]:
+def parse_extent(response: Response) -> tuple[int, int]:
     """Returns the position of a body's first byte, and the size of the whole object."""
-    headers = response.headers
-    if match := CONTENT_RANGE.fullmatch(headers.get("Content-Range", "")):
+    if match := CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "")):
         return int(match[1]), int(match[2])
-    return 0, int(headers.get("Content-Length", UNKNOWN_SIZE))
+    return 0, int(response.headers.get("Content-Length", UNKNOWN_SIZE))
 
 
-def parse_md5(response: requests.Response) -> str:
+def parse_md5(response: Response) -> str:
     """Returns the md5 of `x-goog-hash: crc32c=...,md5=...` in hex, or ""."""
     match = MD5.search(response.headers.get("x-goog-hash", ""))
     return base64.b64decode(match[1]).hex() if match else ""
@@ -695,11 +707,9 @@ class Upload:
             raise
 
     def open_session(self) -> str:
-        headers = {
-            "X-Upload-Content-Type": self.content_type,
-            "X-Upload-Content-Length": str(self.size),
-        }
-        call = self.new_call("resumable", JSON | headers, self.resource())
+        headers = JSON | {"X-Upload-Content-Type": self.content_type}
+        headers["X-Upload-Content-Length"] = str(self.size)
+        call = self.new_call("resumable", headers, self.resource())
         session = self.client.send(call).headers.get("Location")
         if not session:
             raise Corrupted(f"{call.what}: the answer has no Location header")
@@ -715,7 +725,7 @@ class Upload:
         return Call(what, "PUT", session, headers, body, timeout=FINAL_TIMEOUT)
 
 
-def bytes_stored(answer: requests.Response) -> int:
+def bytes_stored(answer: Response) -> int:
     """Returns how many bytes an upload session has; without a Range header, none."""
     last = answer.headers.get("Range", "").rpartition("-")[2]
     return int(last) + 1 if last else 0
@@ -734,26 +744,34 @@ class Bucket:
 
     `session` replaces our own: its proxies, adapters and trust_env are the caller's.
     `credentials` are google-auth's; without them, see "Environment" at the top.
-    `deadline` says for how many seconds a request without progress is repeated.
+    `deadline` is how many seconds each request may take without progress; the last try
+    may end a few seconds later. Who needs two deadlines makes two Buckets, which may
+    share a session.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        session: requests.Session | None = None,
-        credentials: Credentials | None = None,
+        session: Session | None = None,
+        credentials: Credentials = None,
         deadline: float = DEADLINE,
     ) -> None:
         self.client = Client(name, session, credentials, deadline)
         self.multipart_max, self.page_size = MULTIPART_MAX, PAGE_SIZE
 
-    def list(
-        self, prefix: str = "", *, delimiter: str = ""
-    ) -> tuple[list[Object], list[str]]:
-        """Returns all objects under a prefix and, with a delimiter, the "folders"."""
-        objects: list[Object] = []
-        prefixes: list[str] = []
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the kept connections, except those of a session the caller gave."""
+        self.client.close()
+
+    def pages(self, prefix: str = "", *, delimiter: str = "") -> Iterator[Listing]:
+        """Yields the pages of a listing; each is requested when the caller wants it."""
         params: dict[str, object] = {"prefix": prefix, "delimiter": delimiter}
         params |= {"maxResults": self.page_size, "pageToken": ""}
         params["fields"] = f"items({FIELDS}),prefixes,nextPageToken"
@@ -761,12 +779,18 @@ class Bucket:
         while True:
             call = self.client.new_call("list", prefix, "GET", params, path=path)
             page = self.client.fetch_json(call)
-            objects += map(read_object, page.get("items", ()))
-            prefixes += page.get("prefixes", ())
+            objects = [read_object(item) for item in page.get("items", ())]
+            yield objects, page.get("prefixes", [])
+            params["pageToken"] = page.get("nextPageToken")
             # Only a missing token means the end: any page may be short, or empty.
-            if not (token := page.get("nextPageToken")):
-                return objects, prefixes
-            params["pageToken"] = token
+            if not params["pageToken"]:
+                return
+
+    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+        """Returns all objects under a prefix and, with a delimiter, the "folders"."""
+        pages = tuple(self.pages(prefix, delimiter=delimiter))
+        objects = [item for page in pages for item in page[0]]
+        return objects, [name for page in pages for name in page[1]]
 
     def get(self, name: str) -> Object:
         """Returns the live generation of an object; raises NotFound."""
@@ -844,17 +868,17 @@ class Bucket:
         """Changes the given keys of the custom metadata; None removes a key."""
         params: dict[str, object] = {"generation": generation, "fields": FIELDS}
         params["ifMetagenerationMatch"] = metageneration
+
+        def is_ours(stored: Object) -> bool:
+            return stored.generation == generation and has_metadata(stored, metadata)
+
         call = self.client.new_call("patch", name, "PATCH", params)
         body = json.dumps({"metadata": dict(metadata)}).encode()
         try:
             answer = self.client.fetch_json(replace(call, headers=JSON, body=body))
             return read_object(answer)
         except PreconditionFailed as error:
-            return self.confirm_write(
-                error,
-                name,
-                lambda it: it.generation == generation and has_metadata(it, metadata),
-            )
+            return self.confirm_write(error, name, is_ours)
 
     def delete(self, name: str, *, generation: int) -> None:
         """Deletes an object, if it is still of this generation."""
