@@ -181,7 +181,7 @@ def read_object(item: Mapping[str, Any]) -> Object:
 
 
 def has_metadata(stored: Object, sent: Metadata) -> bool:
-    """Tells whether an object has the metadata that were sent; None: no such key."""
+    """Tells whether an object has the values that were sent; None means no such key."""
     return all(stored.metadata.get(key) == value for key, value in sent.items())
 
 
@@ -192,7 +192,7 @@ def has_metadata(stored: Object, sent: Metadata) -> bool:
 # first look for key files and for gcloud, and then test whether the server is there.
 
 ROOT = "https://storage.googleapis.com"
-UNIVERSE = "googleapis.com"  # with this given, the metadata server is not asked for it
+UNIVERSE = "googleapis.com"  # given, so that the metadata server is not asked
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)  # IAM roles set the limits
 Credentials = Any  # google.auth.credentials.Credentials, which has no annotations
 
@@ -244,7 +244,7 @@ def new_session(root: str) -> Session:
 # ---- 3. Sending ----------------------------------------------------------------------
 # A Call is one request as data. `Client.send_once` sends it with a timeout and turns
 # every failure into a StorageError; `Client.send` repeats it after a pause.
-# - Repeated after 408, 429, 5xx and lost connections are calls that are idempotent, by
+# - A call is repeated after 408, 429, 5xx or a lost connection, if it is idempotent by
 #   nature or by a precondition: https://docs.cloud.google.com/storage/docs/retry-strategy
 # - After a 401, the token is refreshed and the request is sent once more. Its body is
 #   an iterable that starts again, not a file that the first try has read to its end.
@@ -410,7 +410,7 @@ class Client:
         try:
             response = self.request(call, timeout)
             status = response.status_code
-            # 308 is "resume"; only the calls to an upload session are PUT.
+            # 308 means "resume"; only calls to an upload session use PUT.
             if status // 100 == 2 or (status == 308 and call.method == "PUT"):
                 return response
             # This reads the body, so the connection may be lost here too.
@@ -458,8 +458,7 @@ class Client:
         if self.transport is None:
             from google.auth.transport.requests import Request
 
-            # It makes a session of its own, which it closes when it is deleted.
-            # Its timeouts and retries are google-auth's.
+            # It has a session, timeouts and retries of its own.
             self.transport = Request()
         if self.credentials is None:
             self.credentials = find_credentials(os.environ)
@@ -508,9 +507,9 @@ def read_json(call: Call, response: Response) -> dict[str, Any]:
 # bytes are those of one object. A short body is detected by its length, a wrong byte
 # only by the md5. The last chunk is yielded after that check, so that nobody takes a
 # corrupted object for a complete one.
-# GCS would unpack objects with a Content-Encoding, and then ignore Range. With
-# `Accept-Encoding: gzip` it sends the bytes as they are stored, and they are read
-# without decoding: https://docs.cloud.google.com/storage/docs/transcoding
+# Without `Accept-Encoding: gzip`, GCS would unpack an object that has Content-Encoding,
+# and ignore Range. So that header is sent, and the body is read without decoding:
+# https://docs.cloud.google.com/storage/docs/transcoding
 
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
 MD5 = re.compile(r"\bmd5=([^, ]+)")
@@ -519,7 +518,7 @@ UNKNOWN_SIZE = sys.maxsize  # when the answer has no Content-Length
 
 @dataclass(slots=True)
 class Download:
-    """Reads bytes [position, end) of one generation; `call` has no Range yet."""
+    """Reads bytes [position, end) of one generation; `call` is for all of it."""
 
     client: Client
     call: Call

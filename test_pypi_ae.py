@@ -3624,6 +3624,23 @@ def test_resumable_upload_continues_where_the_session_is(
     ]
 
 
+def test_upload_with_progress_may_break_for_ever(played: Cloud, wired: Bucket) -> None:
+    impatient(wired, deadline=0.05)
+    play(played, wired, *[(20, 503), (0, 308)] * 29)
+    assert insert(wired).size == WHOLE
+
+
+def test_time_that_sending_takes_does_not_count(played: Cloud, wired: Bucket) -> None:
+    def slowly_refuse(go: Go) -> requests.Response:
+        time.sleep(0.15)
+        return reply(503)
+
+    impatient(wired, deadline=0.1)
+    play(played, wired)
+    played.wire.on("put", slowly_refuse, 1)
+    assert insert(wired).size == WHOLE
+
+
 def test_session_starts_with_metadata_md5_length_and_precondition(
     played: Cloud, wired: Bucket, stored: Object
 ) -> None:
