@@ -1,41 +1,42 @@
 """A client of the Google Cloud Storage JSON API on google-auth and requests alone.
 
-    Bucket.<operation> -> Ask -> Client.call -> Client.send -> session -> GCS
-       (one method per     (a request,  (again, while   (once; errors
-        API method)         as data)     it is safe)     become ours)
+    Bucket.<operation> -> Call -> Client.send -> Client.send_once -> session -> GCS
+       (one method per   (request  (repeats it    (sends it once,
+        API method)       as data)  while safe)    translates errors)
 
 Contents
-    1. Objects and errors   what comes back, what is raised
-    2. Who and where        endpoint, credentials, session
-    3. Sending              one request, its timeouts, its retries
-    4. Downloads            a stream that heals itself and checks its md5
-    5. Uploads              one request up to 8 MiB, a resumable session above
-    6. The bucket           list, get, read, insert, patch, delete, rewrite
+    1. Objects and errors         what is returned, what is raised
+    2. Endpoint and credentials   root URL, source of tokens, HTTP session
+    3. Sending                    one request: its timeouts, retries and errors
+    4. Downloads                  a stream that reconnects and checks its md5
+    5. Uploads                    one request up to 8 MiB, a resumable session above
+    6. The bucket                 list, get, read, insert, patch, delete, rewrite
 
 How to use it
-    bucket = Bucket("my-bucket")
-    with open("a.whl", "rb") as file:
+    with Bucket("my-bucket") as bucket, open("a.whl", "rb") as file:
         stored = bucket.insert("packages/a.whl", file, metadata={"sha256": "..."})
-    for chunk in bucket.read(stored.name, generation=stored.generation):
-        ...
-    One Bucket may be shared by any number of threads. Nothing happens at import, and
-    nothing is sent before the first call.
+        for chunk in bucket.read(stored.name, generation=stored.generation):
+            ...
+    Any number of threads may share one Bucket. Importing this module does no I/O, and
+    no request is sent before the first call.
 
 Environment
-    STORAGE_EMULATOR_HOST            an emulator's URL; requests are then anonymous
-    GOOGLE_APPLICATION_CREDENTIALS   as everywhere: Application Default Credentials
-    GAE_ENV, K_SERVICE               set by App Engine and Cloud Run: credentials come
-                                     from the metadata server, without probing for it
+    STORAGE_EMULATOR_HOST            URL of an emulator; requests are then anonymous
+    GOOGLE_APPLICATION_CREDENTIALS   a key file, as for all Google libraries
+    GAE_ENV, K_SERVICE               set by App Engine and Cloud Run: tokens come from
+                                     the metadata server, without a search for keys
     HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE   read once, when a Bucket is made
 
 What it promises
-    A call is repeated only if repeating it cannot change what it means, and no longer
-    than `deadline` without progress. Bodies are streamed in constant memory. What was
-    stored, and what was read whole, agreed with its md5. Every error is a StorageError
-    and also the built-in it resembles (FileNotFoundError, FileExistsError, ...).
+    A request is repeated only if repeating it is safe, and only until `deadline`
+    seconds have passed without progress; the caller chooses the deadline. Bodies are
+    streamed in constant memory. A file that was stored, and an object that was read
+    whole, have the right size and md5. Composite objects have no md5, and a part of an
+    object has none: of these only the length is checked. Every error is a StorageError
+    and also the built-in error that it resembles (FileNotFoundError, ...).
 
 What it is not: no buckets, ACLs, compose, signed URLs or batches.
-Part of pypi-ae (MIT licence), whose tests cover it; made to be copied on its own too.
+Part of pypi-ae (MIT licence), which tests it; it may be copied and used alone.
 """
 
 # ruff: noqa: N818 (an error's name says what happened, as FileNotFoundError's does)
@@ -57,35 +58,49 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from http.client import HTTPException
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import quote, urlencode
 
 import requests
+from requests import Response, Session
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 
+__all__ = [
+    "Bucket",
+    "Corrupted",
+    "NotFound",
+    "Object",
+    "PreconditionFailed",
+    "Refused",
+    "StorageError",
+    "Unavailable",
+]
 __version__ = "1.0"
 
-DEADLINE = 8.0  # s without progress; hatch hangs up 10 s after it has sent its body
-BACKOFF, BACKOFF_MAX = 0.5, 4.0  # s; full jitter: a pause is uniform(0, 0.5, 1, 2, 4)
-CONNECT_TIMEOUT = 4.0  # s; urllib3 also gives each block of a body this long to leave
-READ_TIMEOUT = 5.0  # s; below DEADLINE, so that a lost answer is asked for once more
+DEADLINE = 8.0  # s without progress; hatch waits 10 s for the answer to an upload
+BACKOFF, BACKOFF_MAX = 0.5, 4.0  # s; pauses are random, up to 0.5, 1, 2, 4, 4, ...
+CONNECT_TIMEOUT = 4.0  # s; urllib3 also applies it to each block of a body it sends
+READ_TIMEOUT = 5.0  # s; less than DEADLINE, so that there is time for a second try
 READ_TIMEOUT_MIN = 1.0  # s; what the last try before the deadline gets at least
-FINAL_TIMEOUT = 20.0  # s; GCS may need a while to finish a large object
+FINAL_TIMEOUT = 20.0  # s; GCS may need this long to finish a large object
 
-MULTIPART_MAX = 8 << 20  # as Google's library: one request below, a session above
-BLOCK = 64 << 10  # sent at once: it leaves within CONNECT_TIMEOUT at 16 KiB/s
-CHUNK = 256 << 10  # read at once: larger is no faster, and two of them are held
-POOL = 64  # kept connections; threads beyond that reconnect, with a warning in the log
-PAGE = 1000  # items on a page of a listing: the most GCS gives
-REASON_MAX = 300  # characters of a server's explanation; some send pages of HTML
+MULTIPART_MAX = 8 << 20  # bytes sent in one request; Google's library has this limit
+BLOCK = 64 << 10  # bytes sent at once; leaves within CONNECT_TIMEOUT at 16 KiB/s
+CHUNK = 256 << 10  # bytes read at once; larger is no faster, and two are in memory
+POOL = 64  # connections that are kept; with more threads, requests logs a warning
+PAGE_SIZE = 1000  # items on a page of a listing; GCS returns no more
+REASON_MAX = 300  # characters quoted from an error answer; some are whole HTML pages
 
 
 # ---- 1. Objects and errors -----------------------------------------------------------
-# GCS tells sizes and generations as strings and digests in base64; here they are what
-# Python uses. Each error is a StorageError, which knows its HTTP status, and also the
-# built-in error that means the same for a file: callers that work on directories too
-# need one `except`, and need not import this module to write it.
+# GCS sends sizes and generations as strings, and digests in base64; an Object has ints
+# and hex digits. Each error is a StorageError with the HTTP status, and also the
+# built-in error of the same meaning. So callers that also work on directories need one
+# `except` for both, and need not import this module to write it.
+
+
+Metadata = Mapping[str, str | None]  # in a patch, None removes a key
 
 
 class Object(NamedTuple):
@@ -100,11 +115,14 @@ class Object(NamedTuple):
     metadata: Mapping[str, str]
 
 
-class StorageError(OSError):
-    """An operation failed: says which, on what, why, and what to do about it.
+Listing = tuple[list[Object], list[str]]  # objects, and prefixes ("folders")
 
-    `status` is the HTTP status, 0 if there was no answer. `tries` counts how often the
-    request was sent; if more than once, an earlier try may have had its effect.
+
+class StorageError(OSError):
+    """An operation failed; the message says which one, why, and what to do.
+
+    `status` is the HTTP status, or 0 if there was no answer. `tries` says how often the
+    request was sent; if more than once, an earlier try may have succeeded.
     """
 
     def __init__(self, message: str, status: int = 0, retry_after: float = 0) -> None:
@@ -120,7 +138,7 @@ class NotFound(StorageError, FileNotFoundError):
 
 
 class PreconditionFailed(StorageError, FileExistsError):
-    """412: the object is not, or no longer, as the caller believed."""
+    """412: the object exists already, or has changed since the caller read it."""
 
 
 class Refused(StorageError, PermissionError):
@@ -128,26 +146,26 @@ class Refused(StorageError, PermissionError):
 
 
 class Unavailable(StorageError, ConnectionError):
-    """408, 429, 5xx, broken connections and timeouts, until patience ran out."""
+    """408, 429, 5xx, a lost connection or a timeout, until the deadline."""
 
 
 class Corrupted(StorageError):
-    """Sizes or checksums disagree, or an answer makes no sense."""
+    """A size or a checksum is wrong, or an answer cannot be understood."""
 
 
 ERRORS: Mapping[int, tuple[type[StorageError], str]] = {
-    401: (Refused, "these credentials are not accepted:"),
+    401: (Refused, "Cloud Storage does not accept the credentials of"),
     403: (Refused, "grant roles/storage.objectUser on the bucket to"),
     404: (NotFound, "check the names of the bucket and of the object"),
-    412: (PreconditionFailed, "somebody else changed it: look at it again"),
+    412: (PreconditionFailed, "another writer changed the object; get it again"),
 }
 FIELDS = "name,size,generation,metageneration,md5Hash,timeCreated,metadata"
 
 
 def read_object(item: Mapping[str, Any]) -> Object:
-    """Makes an Object of a resource; raises Corrupted if it is none."""
+    """Returns the Object of an API resource; raises Corrupted if a value is missing."""
     try:
-        # fake-gcs-server answers a patch in a shape of its own: hence two fallbacks.
+        # fake-gcs-server's answer to a patch has `created` and no metageneration.
         created = item.get("timeCreated") or item["created"]
         return Object(
             name=item["name"],
@@ -159,39 +177,38 @@ def read_object(item: Mapping[str, Any]) -> Object:
             metadata=item.get("metadata") or {},
         )
     except (KeyError, ValueError, TypeError) as error:
-        raise Corrupted(f"no object: {str(item)[:REASON_MAX]}", 200) from error
+        raise Corrupted(f"not an object: {str(item)[:REASON_MAX]}", 200) from error
 
 
-def holds(found: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool:
-    """Tells whether `found` is what a write of `wanted` leaves; None: no such key."""
-    return all(found.get(key) == value for key, value in wanted.items())
+def has_metadata(stored: Object, sent: Metadata) -> bool:
+    """Tells whether an object has the values that were sent; None means no such key."""
+    return all(stored.metadata.get(key) == value for key, value in sent.items())
 
 
-# ---- 2. Who and where ----------------------------------------------------------------
-# google.auth is imported with the first token, and never for an emulator: as it brings
-# cryptography along, it costs more than all the rest. On App Engine and Cloud Run there
-# is a metadata server; google.auth.default() would look for key files and for gcloud,
-# then ping it, before it believes that.
+# ---- 2. Endpoint and credentials -----------------------------------------------------
+# google.auth is imported when the first token is needed, and never for an emulator: it
+# imports cryptography, and takes longer than all other imports together. App Engine and
+# Cloud Run have a metadata server, so it is used directly: google.auth.default() would
+# first look for key files and for gcloud, and then test whether the server is there.
 
 ROOT = "https://storage.googleapis.com"
-UNIVERSE = "googleapis.com"  # ROOT's: said here, the metadata server is not asked
-SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)  # roles set the limits
+UNIVERSE = "googleapis.com"  # given, so that the metadata server is not asked
+SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)  # IAM roles set the limits
 Credentials = Any  # google.auth.credentials.Credentials, which has no annotations
 
 
 def find_emulator(environ: Mapping[str, str]) -> str:
-    """Returns the emulator's root, or ""; with a scheme or, as Go's client, without."""
+    """Returns the emulator's root URL, or ""; adds the scheme if it is missing."""
     host = environ.get("STORAGE_EMULATOR_HOST", "").rstrip("/")
     return host if not host or "://" in host else f"http://{host}"
 
 
 def find_credentials(environ: Mapping[str, str]) -> Credentials:
-    served = environ.get("GAE_ENV") or environ.get("K_SERVICE")
-    if served and not environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+    on_platform = environ.get("GAE_ENV") or environ.get("K_SERVICE")
+    if on_platform and not environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
         from google.auth import compute_engine
 
-        of_metadata_server: Any = compute_engine.Credentials  # no annotations
-        return of_metadata_server(scopes=SCOPES, universe_domain=UNIVERSE)
+        return compute_engine.Credentials(scopes=SCOPES, universe_domain=UNIVERSE)  # type: ignore[no-untyped-call]
     import google.auth
 
     return google.auth.default(scopes=SCOPES)[0]
@@ -199,44 +216,47 @@ def find_credentials(environ: Mapping[str, str]) -> Credentials:
 
 @contextlib.contextmanager
 def auth_errors() -> Iterator[None]:
-    """Turns google-auth's errors into ours."""
+    """Turns google-auth's errors into StorageErrors."""
     from google.auth import exceptions
 
     try:
         yield
     except exceptions.GoogleAuthError as error:
         if isinstance(error.__cause__ or error, exceptions.TransportError):
-            raise Unavailable(f"get a token: {error}; try again later") from error
-        advice = "gcloud auth application-default login, or a service account"
-        raise Refused(f"get a token: {error}; use {advice}") from error
+            raise Unavailable(f"no access token: {error}; try again later") from error
+        advice = "use gcloud auth application-default login, or a service account"
+        raise Refused(f"no access token: {error}; {advice}") from error
 
 
-def new_session(root: str) -> requests.Session:
-    session = requests.Session()
-    # With trust_env, each request would search the environment for proxies again, and
-    # read ~/.netrc, where an entry for the host would displace our own Authorization.
+def new_session(root: str) -> Session:
+    session = Session()
+    # With trust_env, requests would read the proxy variables again for each request,
+    # and replace our Authorization header if ~/.netrc has an entry for the host.
     session.trust_env = False
     session.proxies.update(requests.utils.get_environ_proxies(root))
     session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-    # Google compresses its answers for user agents that say gzip.
+    # Google compresses answers only if the user agent contains "gzip".
     session.headers["User-Agent"] = f"gcs_rest/{__version__} (gzip)"
     session.mount(root, HTTPAdapter(pool_connections=1, pool_maxsize=POOL))
     return session
 
 
 # ---- 3. Sending ----------------------------------------------------------------------
-# An Ask is a request as data. `Client.send` is the one place where requests are sent,
-# timed out and have their errors translated; `Client.call` repeats it after a pause.
-# - Repeated are 408, 429, 5xx and broken connections, of asks that are idempotent by
+# A Call is one request as data. `Client.send_once` sends it with a timeout and turns
+# every failure into a StorageError; `Client.send` repeats it after a pause.
+# - A call is repeated after 408, 429, 5xx or a lost connection, if it is idempotent by
 #   nature or by a precondition: https://docs.cloud.google.com/storage/docs/retry-strategy
-# - A 401 means that a token died early: one refresh, then the same request again. Its
-#   body is an iterable that starts over, never a file that the first try has used up.
-# - What a retry makes ambiguous (a 412 may be our own first try's), callers settle.
+# - After a 401, the token is refreshed and the request is sent once more. Its body is
+#   an iterable that starts again, not a file that the first try has read to its end.
+# - A 412 to a retry may mean that the first try succeeded: see section 6.
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """Bytes `start` to `size` of a file between two strings; may be sent again."""
+    """Bytes [start, size) of a file, after `head` and before `tail`.
+
+    It can be iterated over again: each time it seeks to `start` first.
+    """
 
     source: BinaryIO
     start: int
@@ -244,100 +264,109 @@ class Body:
     head: bytes = b""
     tail: bytes = b""
 
-    def __len__(self) -> int:  # for requests, which makes it the Content-Length
+    def __len__(self) -> int:  # requests sends it as Content-Length
         return len(self.head) + self.size - self.start + len(self.tail)
 
     def __iter__(self) -> Iterator[bytes]:
         self.source.seek(self.start)
         left, head = self.size - self.start, self.head
         while left > BLOCK:
-            yield head + self.take(BLOCK)
+            yield head + self.read_block(BLOCK)
             left, head = left - BLOCK, b""
-        yield head + self.take(left) + self.tail
+        yield head + self.read_block(left) + self.tail
 
-    def take(self, count: int) -> bytes:
+    def read_block(self, count: int) -> bytes:
         block = self.source.read(count)
-        if len(block) < count:  # not an OSError: urllib3 would call the network broken
-            raise EOFError("the source shrank while it was being sent")
+        if len(block) < count:  # urllib3 would take an OSError for a lost connection
+            raise EOFError("the file became shorter while it was being sent")
         return block
 
 
+Headers = Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request, as data: what it is about (for messages), and how it is sent."""
+class Call:
+    """One request as data; `what` names the operation and object in messages."""
 
     what: str
     method: str
     url: str
-    headers: Mapping[str, str] | None = None
+    headers: Headers | None = None
     body: bytes | Body | None = None
     idempotent: bool = True
     stream: bool = False
     timeout: float = READ_TIMEOUT
 
 
-class Patience:
-    """How long to go on trying: pauses with full jitter, until a deadline."""
+class Retries:
+    """Counts the tries of a call, and sleeps between them until a deadline."""
 
-    def __init__(self, seconds: float, backoff: float) -> None:
-        self.seconds, self.backoff, self.tries = seconds, backoff, 1
-        self.renew()
+    def __init__(self, deadline: float, backoff: float) -> None:
+        self.deadline, self.backoff, self.tries = deadline, backoff, 1
+        self.restart()
 
-    def renew(self) -> None:
-        """Starts again, since progress was made."""
-        self.ends, self.ceiling = time.monotonic() + self.seconds, self.backoff
+    def restart(self) -> None:
+        """Starts a new deadline, because progress was made."""
+        self.ends, self.max_pause = time.monotonic() + self.deadline, self.backoff
 
-    def left(self) -> float:
+    def time_left(self) -> float:
         return self.ends - time.monotonic()
 
     def wait(self, error: StorageError) -> bool:
-        """Sleeps, at least as long as the server asked for; False: there is no time."""
+        """Sleeps before the next try; returns False if the deadline comes first.
+
+        The pause is random, and at least what the server asked for in Retry-After.
+        """
         error.tries = self.tries
-        pause = max(random.uniform(0, self.ceiling), error.retry_after)
-        if pause > self.left():
+        pause = max(random.uniform(0, self.max_pause), error.retry_after)
+        if pause > self.time_left():
             return False
         time.sleep(pause)
-        self.tries, self.ceiling = self.tries + 1, min(2 * self.ceiling, BACKOFF_MAX)
+        self.tries += 1
+        self.max_pause = min(2 * self.max_pause, BACKOFF_MAX)
         return True
 
 
-# What a broken connection raises: before the answer, within it, in a streamed body
-# (HTTPError is urllib3's base class and has nothing to do with a status).
-BROKEN = (
+# Raised when a connection is lost: before the answer, within it, or in a streamed body.
+# HTTPError is the base class of urllib3's errors; it does not mean an HTTP status.
+LOST_CONNECTION = (
     requests.ConnectionError,
     requests.Timeout,
     requests.exceptions.ChunkedEncodingError,
-    requests.exceptions.ContentDecodingError,
     HTTPError,
     HTTPException,
 )
 
 
 class Client:
-    """Sends requests about one bucket, with a token, until they are answered."""
+    """Sends requests about one bucket, with an access token and with retries."""
 
     def __init__(
-        self,
-        bucket: str,
-        session: requests.Session | None,
-        credentials: Credentials | None,
-        deadline: float,
+        self, bucket: str, session: Session | None, creds: Credentials, deadline: float
     ) -> None:
         emulator = find_emulator(os.environ)
         self.bucket, self.root = bucket, emulator or ROOT
         self.session = session or new_session(self.root)
-        self.anonymous = bool(emulator) and credentials is None
-        self.credentials = credentials
-        self.transport: Any = None  # what google-auth gets its tokens with
-        self.lock = threading.Lock()  # of these two: only one thread gets a token
+        self.owns_session = session is None
+        self.anonymous = bool(emulator) and creds is None
+        self.credentials = creds
+        self.transport: Any = None  # google.auth's; it requests the tokens
+        self.lock = threading.Lock()  # so that only one thread requests a token
         self.deadline, self.backoff = deadline, BACKOFF
 
+    def close(self) -> None:
+        if self.owns_session:
+            self.session.close()
+        if self.transport is not None:
+            self.transport.session.close()
+
     def path(self, name: str = "") -> str:
-        """Returns the path of an object, or of all."""
+        """Returns the URL path of an object, or that of the bucket's objects."""
         path = f"/b/{quote(self.bucket, safe='')}/o"
         return f"{path}/{quote(name, safe='')}" if name else path
 
-    def ask(
+    def new_call(
         self,
         operation: str,
         name: str,
@@ -346,111 +375,116 @@ class Client:
         *,
         path: str = "",
         service: str = "",
-    ) -> Ask:
-        """Returns a request about an object or a `path`; skips params that are None."""
-        query = {key: value for key, value in params.items() if value is not None}
+    ) -> Call:
+        """Returns a call about an object, or a `path`; leaves out empty params.
+
+        `service` is "/upload" or "/download" where the body is the object's data.
+        """
+        query = {k: value for k, value in params.items() if value not in (None, "")}
         query["prettyPrint"] = "false"
         url = f"{self.root}{service}/storage/v1{path or self.path(name)}"
         what = f"{operation} gs://{self.bucket}/{name}"
-        return Ask(what, method, f"{url}?{urlencode(query)}")
+        return Call(what, method, f"{url}?{urlencode(query)}")
 
-    def patience(self) -> Patience:
-        return Patience(self.deadline, self.backoff)
+    def new_retries(self) -> Retries:
+        return Retries(self.deadline, self.backoff)
 
-    def call(self, ask: Ask) -> requests.Response:
-        """Sends until it is answered; raises the last error."""
-        patience = self.patience()
+    def send(self, call: Call) -> Response:
+        """Sends a call, again while that is safe and useful; raises the last error."""
+        retries = self.new_retries()
         while True:
             try:
-                return self.send(ask, patience.left())
+                return self.send_once(call, retries.time_left())
             except StorageError as error:
-                error.tries = patience.tries
-                again = ask.idempotent and isinstance(error, Unavailable)
-                if not (again and patience.wait(error)):
+                error.tries = retries.tries
+                retry = call.idempotent and isinstance(error, Unavailable)
+                if not (retry and retries.wait(error)):
                     raise
 
-    def call_json(self, ask: Ask) -> dict[str, Any]:
-        return read_json(ask, self.call(ask))
+    def fetch_json(self, call: Call) -> dict[str, Any]:
+        return read_json(call, self.send(call))
 
-    def send(self, ask: Ask, left: float = sys.maxsize) -> requests.Response:
-        """Sends once; raises a StorageError for whatever is not a success."""
-        timeout = (CONNECT_TIMEOUT, min(ask.timeout, max(left, READ_TIMEOUT_MIN)))
+    def send_once(self, call: Call, left: float = sys.maxsize) -> Response:
+        """Sends a call once, with `left` seconds; raises a StorageError if it fails."""
+        timeout = (CONNECT_TIMEOUT, min(call.timeout, max(left, READ_TIMEOUT_MIN)))
         try:
-            response = self.exchange(ask, timeout)
+            response = self.request(call, timeout)
             status = response.status_code
-            if status // 100 == 2 or (status == 308 and ask.method == "PUT"):
-                return response  # 308: "resume", of sessions, which alone are PUT
-            error = self.refusal(ask, response)  # reads the body, which may break too
-        except BROKEN as broken:
-            raise lost(ask, broken) from broken
-        except requests.RequestException as invalid:  # a URL or a proxy that is none
-            raise StorageError(f"{ask.what}: {invalid!r}") from invalid
+            # 308 means "resume"; only calls to an upload session use PUT.
+            if status // 100 == 2 or (status == 308 and call.method == "PUT"):
+                return response
+            # This reads the body, so the connection may be lost here too.
+            error = self.error_of(call, response)
+        except LOST_CONNECTION as lost:
+            raise connection_lost(call, lost) from lost
+        except requests.RequestException as invalid:  # for example, a wrong URL
+            raise StorageError(f"{call.what}: {invalid!r}") from invalid
         raise error
 
-    def exchange(self, ask: Ask, timeout: tuple[float, float]) -> requests.Response:
-        """Sends with a token and, if that is answered 401, once more with a new one."""
-        response = self.request(ask, timeout)
+    def request(self, call: Call, timeout: tuple[float, float]) -> Response:
+        """Sends with a token; if the answer is 401, once more with a new token."""
+        response = self.request_with_token(call, timeout)
         if response.status_code == 401 and not self.anonymous:
             response.close()
-            self.renew(response.request.headers.get("Authorization"))
-            response = self.request(ask, timeout)
+            self.refresh_token(response.request.headers.get("Authorization"))
+            response = self.request_with_token(call, timeout)
         return response
 
-    def request(self, ask: Ask, timeout: tuple[float, float]) -> requests.Response:
-        headers = dict(ask.headers or {})
+    def request_with_token(self, call: Call, timeout: tuple[float, float]) -> Response:
+        headers = dict(call.headers or {})
         if not self.anonymous:
             with self.lock, auth_errors():
-                credentials = self.identity()
-                credentials.before_request(self.transport, ask.method, ask.url, headers)
+                creds = self.load_credentials()
+                creds.before_request(self.transport, call.method, call.url, headers)
         return self.session.request(
-            ask.method,
-            ask.url,
-            data=ask.body,
+            call.method,
+            call.url,
+            data=call.body,
             headers=headers,
             timeout=timeout,
-            stream=ask.stream,
-            allow_redirects=False,  # there are none: 308 means something else here
+            stream=call.stream,
+            allow_redirects=False,  # GCS sends none, and 308 has another meaning here
         )
 
-    def renew(self, used: str | None) -> None:
-        """Gets a new token, unless another thread has replaced the used one already."""
+    def refresh_token(self, used: str | None) -> None:
+        """Gets a new token, unless another thread already replaced the used one."""
         with self.lock, auth_errors():
-            credentials = self.identity()
-            if used == f"Bearer {credentials.token}":
-                credentials.refresh(self.transport)
+            creds = self.load_credentials()
+            if used == f"Bearer {creds.token}":
+                creds.refresh(self.transport)
 
-    def identity(self) -> Credentials:
-        """Returns the credentials, found on first use; called under the lock."""
+    def load_credentials(self) -> Credentials:
+        """Returns the credentials; finds them at the first call. Needs the lock."""
         if self.transport is None:
             from google.auth.transport.requests import Request
 
-            # With a session of its own, as it closes that in the end. Its timeouts and
-            # retries are google-auth's: 3 s and 5 times for the metadata server.
+            # It has a session, timeouts and retries of its own.
             self.transport = Request()
         if self.credentials is None:
             self.credentials = find_credentials(os.environ)
         return self.credentials
 
-    def refusal(self, ask: Ask, response: requests.Response) -> StorageError:
+    def error_of(self, call: Call, response: Response) -> StorageError:
         status = response.status_code
-        kind, advice = ERRORS.get(status, (StorageError, "this is a bug or a setting"))
+        kind, advice = ERRORS.get(status, (StorageError, "check the arguments"))
         if status in (408, 429) or status >= 500:
             kind, advice = Unavailable, "try again later"
         if kind is Refused:
             advice += f" {getattr(self.credentials, 'service_account_email', 'you')}"
-        after = response.headers.get("Retry-After", "")  # as a date: not worth parsing
-        message = f"{ask.what}: {status} {reason(response)}; {advice}"
+        after = response.headers.get("Retry-After", "")  # as a date, it is ignored
+        message = f"{call.what}: {status} {error_reason(response)}; {advice}"
         return kind(message, status, float(after) if after.isdecimal() else 0)
 
 
-def lost(ask: Ask, error: Exception) -> Unavailable:
-    # Who knows a session's URL can write to it, and urllib3 tells it to every log.
-    told = re.sub(r"upload_id=[^&\s'\"]+", "upload_id=...", repr(error))
-    return Unavailable(f"{ask.what}: no answer: {told}; try again later")
+def connection_lost(call: Call, error: Exception) -> Unavailable:
+    # Whoever knows the URL of an upload session can write to it, and urllib3's errors
+    # contain the URL. So its secret part is removed.
+    reason = re.sub(r"upload_id=[^&\s'\"]+", "upload_id=...", repr(error))
+    return Unavailable(f"{call.what}: connection lost: {reason}; try again later")
 
 
-def reason(response: requests.Response) -> str:
-    """Returns the server's explanation, which is JSON, XML, plain text or missing."""
+def error_reason(response: Response) -> str:
+    """Returns the server's explanation; its body is JSON, XML, plain text or empty."""
     try:
         error = response.json()["error"]
         return f"{error['errors'][0]['reason']}: {error['message']}"
@@ -459,135 +493,136 @@ def reason(response: requests.Response) -> str:
         return " ".join(text.split())[:REASON_MAX] or str(response.reason or "")
 
 
-def read_json(ask: Ask, response: requests.Response) -> dict[str, Any]:
+def read_json(call: Call, response: Response) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         if isinstance(answer := response.json(), dict):
             return answer
-    where = ask.url.partition("?")[0]
-    message = f"{ask.what}: the answer is not JSON; is {where} Cloud Storage?"
+    where = call.url.partition("?")[0]
+    message = f"{call.what}: the answer is not JSON; is {where} Cloud Storage?"
     raise Corrupted(message, response.status_code)
 
 
 # ---- 4. Downloads --------------------------------------------------------------------
-# A stream that breaks is continued with a Range of the same generation, so its bytes
-# are of one object. `Accept-Encoding: gzip` and raw reads are how GCS is told to send
-# the bytes as they are stored: without, it unpacks objects with a Content-Encoding, and
-# ignores Range (https://docs.cloud.google.com/storage/docs/transcoding). A broken or
-# short body is noticed by its length, a wrong byte by the md5 only, and before the last
-# chunk is given away: nobody can take a corrupted body for a complete one.
+# When the connection is lost, a Range of the same generation asks for the rest, so all
+# bytes are those of one object. A short body is detected by its length, a wrong byte
+# only by the md5. The last chunk is yielded after that check, so that nobody takes a
+# corrupted object for a complete one.
+# Without `Accept-Encoding: gzip`, GCS would unpack an object that has Content-Encoding,
+# and ignore Range. So that header is sent, and the body is read without decoding:
+# https://docs.cloud.google.com/storage/docs/transcoding
 
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
-UNKNOWN = sys.maxsize  # the size of a body that came without one
+MD5 = re.compile(r"\bmd5=([^, ]+)")
+UNKNOWN_SIZE = sys.maxsize  # when the answer has no Content-Length
 
 
+@dataclass(slots=True)
 class Download:
-    """Bytes [position, stop) of one generation."""
+    """Reads bytes [position, end) of one generation; `call` is for all of it."""
 
-    def __init__(self, client: Client, ask: Ask, start: int, stop: int | None) -> None:
-        self.client, self.basis = client, ask
-        self.position, self.end = start, UNKNOWN if stop is None else stop
-        self.response: requests.Response | None = None
+    client: Client
+    call: Call
+    position: int
+    end: int
+    response: Response | None = None
 
-    def ask(self) -> Ask:
+    def call_for_rest(self) -> Call:
         headers = {"Accept-Encoding": "gzip"}
-        if self.position or self.end < UNKNOWN:
-            last = self.end - 1 if self.end < UNKNOWN else ""
+        if self.position or self.end < UNKNOWN_SIZE:
+            last = self.end - 1 if self.end < UNKNOWN_SIZE else ""
             headers["Range"] = f"bytes={self.position}-{last}"
-        return replace(self.basis, headers=headers)
+        return replace(self.call, headers=headers)
 
-    def open(self, send: Callable[[Ask], requests.Response]) -> requests.Response:
-        self.response = response = send(self.ask())
-        first, size = extent(response)
-        if first != (asked := self.position):
-            raise Corrupted(f"{self.basis.what}: asked for {asked}, got {first}")
+    def open(self, send: Callable[[Call], Response]) -> Response:
+        self.response = response = send(self.call_for_rest())
+        first, size = parse_extent(response)
+        if first != self.position:
+            raise Corrupted(f"{self.call.what}: the answer starts at byte {first}")
         self.end = min(self.end, size)
         return response
 
     def chunks(self) -> Iterator[bytes]:
-        """Yields the bytes, opening the stream again where it broke."""
-        patience, mark = self.client.patience(), self.position
+        """Yields the bytes; sends a new request when the connection is lost."""
+        retries, reached = self.client.new_retries(), self.position
         while self.position < self.end:
             try:
-                chunk = self.take()
+                chunk = self.read_chunk()
             except Unavailable as error:
                 self.close()
-                if self.position > mark:
-                    mark = self.position
-                    patience.renew()
-                if not patience.wait(error):
+                if self.position > reached:
+                    reached = self.position
+                    retries.restart()
+                if not retries.wait(error):
                     raise
                 continue
             if not chunk:
                 return
             yield chunk
 
-    def take(self) -> bytes:
-        response = self.response or self.open(self.client.send)
+    def read_chunk(self) -> bytes:
+        response = self.response or self.open(self.client.send_once)
         try:
             chunk: bytes = response.raw.read(CHUNK, decode_content=False)
-        except BROKEN as error:
-            raise lost(self.basis, error) from error
-        if not chunk and self.end < UNKNOWN:
-            raise lost(self.basis, EOFError(f"at {self.position} of {self.end}"))
-        chunk = chunk[: self.end - self.position]  # should the Range's end be ignored
+        except LOST_CONNECTION as error:
+            raise connection_lost(self.call, error) from error
+        if not chunk and self.end < UNKNOWN_SIZE:
+            end = EOFError(f"at byte {self.position} of {self.end}")
+            raise connection_lost(self.call, end)
+        chunk = chunk[: self.end - self.position]  # in case Range's end was ignored
         self.position += len(chunk)
         return chunk
 
-    def checked(self) -> Generator[bytes, None, None]:
-        """Opens the stream, yields b"", then the chunks, the last one when checked."""
+    def checked_chunks(self) -> Generator[bytes, None, None]:
+        """Opens the stream, yields b"", then the chunks; the last after the check."""
         md5, held = hashlib.md5(usedforsecurity=False), b""
         with contextlib.closing(self):
-            response = self.open(self.client.call)
-            whole = self.position == 0 and self.end == extent(response)[1]
-            stated = stated_md5(response) if whole else ""
+            response = self.open(self.client.send)
+            whole = self.position == 0 and self.end == parse_extent(response)[1]
+            expected = parse_md5(response) if whole else ""
             yield b""
             for chunk in self.chunks():
-                if stated:
-                    md5.update(chunk)  # in a thread beside, it would take as long
+                if expected:
+                    md5.update(chunk)
                 if held:
                     yield held
                 held = chunk
-            if stated and stated != md5.hexdigest():
-                raise Corrupted(f"{self.basis.what}: md5 is not {stated}; try again")
+            if expected and expected != md5.hexdigest():
+                raise Corrupted(f"{self.call.what}: md5 is not {expected}; try again")
             if held:
                 yield held
 
     def close(self) -> None:
-        """Gives the connection back, or closes it if there is more to come on it."""
+        """Returns the connection to the pool, or closes it if it was not read whole."""
         if self.response is not None:
             self.response.close()
             self.response = None
 
 
-def extent(response: requests.Response) -> tuple[int, int]:
-    """Returns where a body starts in its object, and the size of the whole object."""
-    headers = response.headers
-    if found := CONTENT_RANGE.fullmatch(headers.get("Content-Range", "")):
-        return int(found[1]), int(found[2])
-    return 0, int(headers.get("Content-Length", UNKNOWN))
+def parse_extent(response: Response) -> tuple[int, int]:
+    """Returns the position of a body's first byte, and the size of the whole object."""
+    if match := CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "")):
+        return int(match[1]), int(match[2])
+    return 0, int(response.headers.get("Content-Length", UNKNOWN_SIZE))
 
 
-def stated_md5(response: requests.Response) -> str:
+def parse_md5(response: Response) -> str:
     """Returns the md5 of `x-goog-hash: crc32c=...,md5=...` in hex, or ""."""
-    for part in response.headers.get("x-goog-hash", "").split(","):
-        kind, _, value = part.strip().partition("=")
-        if kind == "md5":
-            return base64.b64decode(value).hex()
-    return ""
+    match = MD5.search(response.headers.get("x-goog-hash", ""))
+    return base64.b64decode(match[1]).hex() if match else ""
 
 
 # ---- 5. Uploads ----------------------------------------------------------------------
-# Small files go in one multipart request, the only one that carries metadata as well.
-# Larger ones open a session, then PUT all that remains in one request, streamed: GCS
-# keeps what arrived before a failure, so sending piece by piece would only add round
-# trips. After a failure the session tells how far it got, and we continue there:
+# A small file is one multipart request, the only kind that can carry metadata as well.
+# A larger one opens a session, then sends all its bytes in one PUT. GCS keeps what
+# arrived before a failure, so smaller PUTs would only add round trips. After a failure
+# an empty PUT asks the session how many bytes it has, and the upload continues there:
 # https://docs.cloud.google.com/storage/docs/performing-resumable-uploads
 #
 #     PUT the rest ---> 200 done
-#         \-----------> 308 stored up to N: PUT the rest from N + 1
-#         \-----------> 408, 429, 5xx, broken: ask (an empty PUT) ---> 200, 308: above
-#         \-----------> 404, 410 the session is gone: open another, start from 0
-#         \-----------> anything else: give up
+#         \-----------> 308 bytes up to N are stored: PUT the rest from N + 1
+#         \-----------> 408, 429, 5xx, connection lost: empty PUT ---> 200, 308 as above
+#         \-----------> 404, 410 the session is gone: open another one, start at 0
+#         \-----------> anything else: raise the error
 
 JSON = {"Content-Type": "application/json; charset=UTF-8"}
 
@@ -603,19 +638,19 @@ class Upload:
     content_type: str
     if_generation: int | None
 
-    def ask(self, kind: str, headers: Mapping[str, str], body: bytes | Body) -> Ask:
+    def new_call(self, kind: str, headers: Headers, body: bytes | Body) -> Call:
         params: dict[str, object] = {"uploadType": kind, "name": self.name}
         params |= {"ifGenerationMatch": self.if_generation, "fields": FIELDS}
         path = self.client.path()
-        ask = self.client.ask(
+        call = self.client.new_call(
             "insert", self.name, "POST", params, path=path, service="/upload"
         )
-        # Opening a session twice is harmless: by itself it stores nothing.
+        # Opening a session stores nothing, so it is always safe to repeat.
         safe = self.if_generation is not None or kind == "resumable"
-        return replace(ask, headers=headers, body=body, idempotent=safe)
+        return replace(call, headers=headers, body=body, idempotent=safe)
 
     def resource(self) -> bytes:
-        """Returns what is stored beside the bytes; GCS refuses them if md5 differs."""
+        """Returns the object's attributes; GCS stores nothing if the md5 is wrong."""
         resource = {
             "name": self.name,
             "contentType": self.content_type,
@@ -624,145 +659,159 @@ class Upload:
         }
         return json.dumps(resource).encode()
 
-    def in_one_request(self) -> Object:
-        mark = os.urandom(16).hex()  # 128 random bits, which no file contains
+    def send_multipart(self) -> Object:
+        mark = os.urandom(16).hex()  # 128 random bits: no file contains them by chance
         part = f"--{mark}\r\nContent-Type: {JSON['Content-Type']}\r\n\r\n".encode()
         media = f"\r\n--{mark}\r\nContent-Type: {self.content_type}\r\n\r\n".encode()
         head, tail = part + self.resource() + media, f"\r\n--{mark}--".encode()
         headers = {"Content-Type": f"multipart/related; boundary={mark}"}
         body = Body(self.source, 0, self.size, head, tail)
-        return read_object(self.client.call_json(self.ask("multipart", headers, body)))
+        call = self.new_call("multipart", headers, body)
+        return read_object(self.client.fetch_json(call))
 
-    def in_a_session(self) -> Object:
-        """Walks through the states drawn above, for as long as bytes get through."""
-        patience, session = self.client.patience(), self.open()
-        position: int | None = 0  # None: ask the session
+    def send_resumable(self) -> Object:
+        """Follows the diagram above, until the deadline passes without new bytes."""
+        retries, session = self.client.new_retries(), self.open_session()
+        position: int | None = 0  # None: unknown, so the session is asked
         reached = 0
         while True:
-            ask, started = self.put(session, position), time.monotonic()
+            call, started = self.put_call(session, position), time.monotonic()
             try:
-                answer = self.client.send(ask)
+                answer = self.client.send_once(call)
                 if answer.status_code != 308:
-                    return read_object(read_json(ask, answer))
-                position = persisted(answer)
-                trouble: StorageError = lost(ask, EOFError(f"stuck at byte {position}"))
+                    return read_object(read_json(call, answer))
+                position = bytes_stored(answer)
+                failure: StorageError = Unavailable(f"{call.what}: stuck at {position}")
             except StorageError as error:
-                trouble, trouble.tries = error, patience.tries
+                failure, failure.tries = error, retries.tries
                 session, position = self.recover(error, session)
-                if ask.body:  # the time that a large body took is not held against it
-                    patience.ends += time.monotonic() - started
+                if call.body:  # the time that sending took does not count
+                    retries.ends += time.monotonic() - started
             if position is not None and position > reached:
                 reached = position
-                patience.renew()
-            elif not patience.wait(trouble):
-                raise trouble
+                retries.restart()
+            elif not retries.wait(failure):
+                raise failure
 
     def recover(self, error: StorageError, session: str) -> tuple[str, int | None]:
-        """Returns the session to go on with and the position, or raises the error."""
+        """Returns the session and position to continue with, or raises the error."""
         if isinstance(error, Unavailable):
             return session, None
         if error.status not in (404, 410) or self.if_generation is None:
             raise error
         try:
-            return self.open(), 0
-        except PreconditionFailed as late:
-            late.tries += 1  # the session that is gone may have been the one that won
+            return self.open_session(), 0
+        except PreconditionFailed as failed:
+            failed.tries += 1  # the session that is gone may have created the object
             raise
 
-    def open(self) -> str:
-        headers = {
-            "X-Upload-Content-Type": self.content_type,
-            "X-Upload-Content-Length": str(self.size),
-        }
-        ask = self.ask("resumable", JSON | headers, self.resource())
-        session = self.client.call(ask).headers.get("Location")
+    def open_session(self) -> str:
+        headers = JSON | {"X-Upload-Content-Type": self.content_type}
+        headers["X-Upload-Content-Length"] = str(self.size)
+        call = self.new_call("resumable", headers, self.resource())
+        session = self.client.send(call).headers.get("Location")
         if not session:
-            raise Corrupted(f"{ask.what}: the new session has no Location")
+            raise Corrupted(f"{call.what}: the answer has no Location header")
         return session
 
-    def put(self, session: str, position: int | None) -> Ask:
-        """Returns the request for the rest or, empty, for how far the session got."""
+    def put_call(self, session: str, position: int | None) -> Call:
+        """Returns the PUT of the bytes from `position`, or the empty one if None."""
         what = f"insert gs://{self.client.bucket}/{self.name}"
         if position is None or position == self.size:
-            return Ask(what, "PUT", session, {"Content-Range": f"bytes */{self.size}"})
+            return Call(what, "PUT", session, {"Content-Range": f"bytes */{self.size}"})
         headers = {"Content-Range": f"bytes {position}-{self.size - 1}/{self.size}"}
         body = Body(self.source, position, self.size)
-        return Ask(what, "PUT", session, headers, body, timeout=FINAL_TIMEOUT)
+        return Call(what, "PUT", session, headers, body, timeout=FINAL_TIMEOUT)
 
 
-def persisted(answer: requests.Response) -> int:
-    """Returns how many bytes a session has stored: none if it tells no Range."""
+def bytes_stored(answer: Response) -> int:
+    """Returns how many bytes an upload session has; without a Range header, none."""
     last = answer.headers.get("Range", "").rpartition("-")[2]
     return int(last) + 1 if last else 0
 
 
 # ---- 6. The bucket -------------------------------------------------------------------
-# What others call: one method per method of the API, each with its precondition. What a
-# lost answer leaves open is settled here. A create answered 412 at the second try may
-# have succeeded at the first: it has, if what is there now is what we wanted to put
-# there. Likewise a patch, a rewrite, and a removal that finds nothing left to remove.
-# A 412 at the first try is another's doing, and costs no further request.
+# The public part: one method for each method of the API, each with its precondition. A
+# write whose answer was lost is sent again, and then its precondition fails because the
+# first try succeeded. So after a 412 to a retry the object is read: if it is what we
+# sent, the write is a success. The same holds for a retried delete that finds nothing.
+# A 412 to the first try means another writer, and costs no further request.
 
 
 class Bucket:
-    """The objects of one bucket; may be shared by threads.
+    """The objects of one bucket; threads may share it.
 
-    `session` replaces ours (its proxies, adapters and trust_env are then the caller's),
-    `credentials` are google-auth's; without, see "Environment" at the top. `deadline`
-    bounds in seconds how long a call that makes no progress is repeated.
+    `session` replaces our own: its proxies, adapters and trust_env are the caller's.
+    `credentials` are google-auth's; without them, see "Environment" at the top.
+    `deadline` is how many seconds each request may take without progress; the last try
+    may end a few seconds later. Who needs two deadlines makes two Buckets, which may
+    share a session.
     """
 
     def __init__(
         self,
         name: str,
         *,
-        session: requests.Session | None = None,
-        credentials: Credentials | None = None,
+        session: Session | None = None,
+        credentials: Credentials = None,
         deadline: float = DEADLINE,
     ) -> None:
         self.client = Client(name, session, credentials, deadline)
-        self.multipart_max, self.page = MULTIPART_MAX, PAGE
+        self.multipart_max, self.page_size = MULTIPART_MAX, PAGE_SIZE
 
-    def list(
-        self, prefix: str = "", *, delimiter: str = ""
-    ) -> tuple[list[Object], list[str]]:
-        """Returns all objects under a prefix and, with a delimiter, the "folders"."""
-        objects: list[Object] = []
-        prefixes: list[str] = []
-        token: str | None = None
-        params = {"prefix": prefix or None, "delimiter": delimiter or None}
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the kept connections, except those of a session the caller gave."""
+        self.client.close()
+
+    def pages(self, prefix: str = "", *, delimiter: str = "") -> Iterator[Listing]:
+        """Yields the pages of a listing; each is requested when the caller wants it."""
+        params: dict[str, object] = {"prefix": prefix, "delimiter": delimiter}
+        params |= {"maxResults": self.page_size, "pageToken": ""}
         params["fields"] = f"items({FIELDS}),prefixes,nextPageToken"
-        path, size = self.client.path(), {"maxResults": self.page}
+        path = self.client.path()
         while True:
-            paging = params | size | {"pageToken": token}
-            ask = self.client.ask("list", prefix, "GET", paging, path=path)
-            page = self.client.call_json(ask)
-            objects += map(read_object, page.get("items", ()))
-            prefixes += page.get("prefixes", ())
-            token = page.get("nextPageToken")
-            if not token:  # the only sign of the end: a page may be short, or empty
-                return objects, prefixes
+            call = self.client.new_call("list", prefix, "GET", params, path=path)
+            page = self.client.fetch_json(call)
+            objects = [read_object(item) for item in page.get("items", ())]
+            yield objects, page.get("prefixes", [])
+            params["pageToken"] = page.get("nextPageToken")
+            # Only a missing token means the end: any page may be short, or empty.
+            if not params["pageToken"]:
+                return
+
+    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+        """Returns all objects under a prefix and, with a delimiter, the "folders"."""
+        pages = tuple(self.pages(prefix, delimiter=delimiter))
+        objects = [item for page in pages for item in page[0]]
+        return objects, [name for page in pages for name in page[1]]
 
     def get(self, name: str) -> Object:
-        """Returns what is known of the live generation; raises NotFound."""
-        ask = self.client.ask("get", name, "GET", {"fields": FIELDS})
-        return read_object(self.client.call_json(ask))
+        """Returns the live generation of an object; raises NotFound."""
+        call = self.client.new_call("get", name, "GET", {"fields": FIELDS})
+        return read_object(self.client.fetch_json(call))
 
     def read(
         self, name: str, *, generation: int, start: int = 0, stop: int | None = None
     ) -> Generator[bytes, None, None]:
-        """Opens bytes [start, stop) of one generation, and returns their chunks.
+        """Returns the chunks of bytes [start, stop) of one generation.
 
-        The request is sent now: what it raises (NotFound, ...) is raised here. If the
-        md5 of a whole object disagrees, Corrupted comes instead of the last chunk.
-        `.close()` of what is returned frees the connection before the end.
+        The request is sent at once, so NotFound is raised here and not by the first
+        chunk. If the md5 of a whole object is wrong, Corrupted is raised instead of the
+        last chunk. `.close()` of the result frees the connection early.
         """
-        if stop is not None and stop <= start:  # no Range can say "nothing"
-            raise ValueError(f"an empty range of {name!r}: {start} to {stop}")
+        if stop is not None and stop <= start:  # Range cannot express it
+            raise ValueError(f"empty range of {name!r}: from {start} to {stop}")
         params = {"alt": "media", "generation": generation}
-        ask = self.client.ask("read", name, "GET", params, service="/download")
-        download = Download(self.client, replace(ask, stream=True), start, stop)
-        chunks = download.checked()
+        call = self.client.new_call("read", name, "GET", params, service="/download")
+        end = UNKNOWN_SIZE if stop is None else stop
+        download = Download(self.client, replace(call, stream=True), start, end)
+        chunks = download.checked_chunks()
         next(chunks)
         return chunks
 
@@ -778,68 +827,64 @@ class Bucket:
     ) -> Object:
         """Stores a seekable binary file, from its first byte to its last.
 
-        `if_generation` is the generation to replace; 0: there must be none; None:
-        whatever is there, and then a failure is not retried, as that would not be safe.
+        `if_generation` is the generation to replace; 0 means that there must be none,
+        None any or none; with None a failed request is not repeated, as that is unsafe.
         `md5` in hex saves reading the file twice. Raises PreconditionFailed, Corrupted.
         """
-        md5, size = md5 or digest(source), source.seek(0, os.SEEK_END)
+        md5, size = md5 or file_md5(source), source.seek(0, os.SEEK_END)
         upload = Upload(
             self.client, name, source, size, md5, metadata, content_type, if_generation
         )
         small = size <= self.multipart_max
         try:
-            stored = upload.in_one_request() if small else upload.in_a_session()
+            stored = upload.send_multipart() if small else upload.send_resumable()
         except PreconditionFailed as error:
-            if error.tries == 1:
-                raise
-            return self.settle(error, name, upload)
+            return self.confirm_write(error, name, lambda it: is_copy(it, upload))
         if (stored.size, stored.md5) != (size, md5):
-            with contextlib.suppress(StorageError):  # the damage is what must be told
-                self.delete(name, generation=stored.generation)  # before others read it
+            # The error below matters more than a failure to delete.
+            with contextlib.suppress(StorageError):
+                self.delete(name, generation=stored.generation)
             raise Corrupted(f"insert {name}: stored {stored}, not {md5}; send it again")
         return stored
 
-    def settle(self, error: StorageError, name: str, wanted: Upload | Object) -> Object:
-        """Returns the object if a write that seems to have failed did make it."""
-        try:
-            found = self.get(name)
-        except NotFound:  # removed since: the caller may try again
-            raise error from None
-        same = (found.size, found.md5) == (wanted.size, wanted.md5)
-        if not (same and holds(found.metadata, wanted.metadata)):
+    def confirm_write(
+        self, error: StorageError, name: str, is_ours: Callable[[Object], bool]
+    ) -> Object:
+        """Returns the object if our first try wrote it; otherwise raises the error."""
+        if error.tries == 1:
             raise error
-        return found
+        try:
+            stored = self.get(name)
+        except NotFound:
+            raise error from None
+        if not is_ours(stored):
+            raise error
+        return stored
 
     def patch(
-        self,
-        name: str,
-        metadata: Mapping[str, str | None],
-        *,
-        generation: int,
-        metageneration: int,
+        self, name: str, metadata: Metadata, *, generation: int, metageneration: int
     ) -> Object:
-        """Changes custom metadata, key by key: None removes a key."""
+        """Changes the given keys of the custom metadata; None removes a key."""
         params: dict[str, object] = {"generation": generation, "fields": FIELDS}
         params["ifMetagenerationMatch"] = metageneration
-        ask = self.client.ask("patch", name, "PATCH", params)
+
+        def is_ours(stored: Object) -> bool:
+            return stored.generation == generation and has_metadata(stored, metadata)
+
+        call = self.client.new_call("patch", name, "PATCH", params)
         body = json.dumps({"metadata": dict(metadata)}).encode()
         try:
-            answer = self.client.call_json(replace(ask, headers=JSON, body=body))
+            answer = self.client.fetch_json(replace(call, headers=JSON, body=body))
             return read_object(answer)
         except PreconditionFailed as error:
-            if error.tries == 1:
-                raise
-            found = self.get(name)
-            if found.generation != generation or not holds(found.metadata, metadata):
-                raise error from None
-            return found
+            return self.confirm_write(error, name, is_ours)
 
     def delete(self, name: str, *, generation: int) -> None:
-        """Removes an object, if it still is of this generation."""
+        """Deletes an object, if it is still of this generation."""
         params = {"ifGenerationMatch": generation}
-        ask = self.client.ask("delete", name, "DELETE", params)
+        call = self.client.new_call("delete", name, "DELETE", params)
         try:
-            self.client.call(ask)
+            self.client.send(call)
         except (NotFound, PreconditionFailed) as error:
             if error.tries == 1:
                 raise
@@ -853,20 +898,25 @@ class Bucket:
         params["ifGenerationMatch"] = if_generation
         params["fields"] = f"done,rewriteToken,resource({FIELDS})"
         while True:
-            ask = self.client.ask("rewrite", name, "POST", params, path=path)
-            ask = replace(ask, idempotent=if_generation is not None)
+            call = self.client.new_call("rewrite", name, "POST", params, path=path)
+            call = replace(call, idempotent=if_generation is not None)
             try:
-                answer = self.client.call_json(ask)
+                answer = self.client.fetch_json(call)
             except PreconditionFailed as error:
-                if error.tries == 1:
-                    raise
-                return self.settle(error, to, self.get(name))
+                return self.confirm_write(
+                    error, to, lambda it: is_copy(it, self.get(name))
+                )
             if not answer.get("rewriteToken"):
                 return read_object(answer.get("resource", {}))
-            params["rewriteToken"] = answer["rewriteToken"]  # large: several calls
+            params["rewriteToken"] = answer["rewriteToken"]  # GCS needs another request
 
 
-def digest(source: BinaryIO) -> str:
+def is_copy(stored: Object, sent: Upload | Object) -> bool:
+    same_bytes = (stored.size, stored.md5) == (sent.size, sent.md5)
+    return same_bytes and has_metadata(stored, sent.metadata)
+
+
+def file_md5(source: BinaryIO) -> str:
     source.seek(0)
     md5 = partial(hashlib.md5, usedforsecurity=False)
     return hashlib.file_digest(source, md5).hexdigest()  # type: ignore[arg-type]
