@@ -395,8 +395,8 @@ def is_final(key: VersionKey) -> bool:
 
 
 # ---- 4. Requests and responses -------------------------------------------------------
-# A Request is a thin reading of the WSGI environ. A Response is a value: those of pages
-# are made once and answered many times, so nothing may change one.
+# A Request reads the WSGI environ. A Response is a value: that of a page is made once
+# and used many times, so nothing may change it.
 
 Header = tuple[str, str]  # name and value
 NOSNIFF: Header = ("X-Content-Type-Options", "nosniff")
@@ -466,7 +466,7 @@ class Request:
         return "/".join(filter(None, (f"{scheme}://{host}", prefix, path)))
 
     def _forwarded(self, what: str) -> str:
-        # A proxy in front sets it; the first value is the one of the client's side.
+        # A proxy in front sets it. The first of several values is the client's.
         value = self.header(f"X-Forwarded-{what}").split(",")[0].strip()
         return value if re.fullmatch(r"[\w.:/\[\]~%-]*", value, re.ASCII) else ""
 
@@ -529,7 +529,7 @@ def with_query(path: str, request: Request) -> str:
 
 
 def already_exists(request: Request, filename: str) -> HTTPError:
-    # twine knows a duplicate by 400 and these words; uv, poetry and pdm by 409.
+    # twine knows a duplicate by 400 and this text; uv, poetry and pdm by 409.
     return HTTPError(
         400 if "twine" in request.header("User-Agent") else 409,
         f"File already exists: {filename} is here with other bytes. "
@@ -897,10 +897,9 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
 
 
 # ---- 7. Listings ---------------------------------------------------------------------
-# What an index shows, as values: a Distribution is one file with its facts, a Listing
-# the files of one project, a Catalog the names of all projects. None of them changes,
-# but each keeps what was rendered from it: a page is rendered once per change, and the
-# line of a file once for as long as the file stays as it is.
+# These are values: a Distribution is one file with its facts, a Listing has the files
+# of one project, a Catalog the names of all projects. Each keeps what was rendered from
+# it, so a page is rendered once, and the line of a file as well.
 
 FILES_KEPT = 10_000  # distributions in the listings that are kept: about 25 MB
 METADATA_KEPT = 4 << 20  # bytes of core metadata and keys: some 500 wheels
@@ -911,7 +910,7 @@ T = TypeVar("T")
 
 
 class Facts(NamedTuple):
-    """What only the bytes of a distribution tell. Digests in hex; "" for none."""
+    """What is read from the bytes of a distribution. Digests in hex; "" for none."""
 
     sha256: str
     requires_python: str = ""
@@ -925,7 +924,7 @@ def facts_from(filename: str, sha256: str, metadata: CoreMetadata) -> Facts:
 
 
 def read_facts(source: BinaryIO, filename: str, size: int) -> Facts:
-    """Read a distribution once from end to end, and its metadata where it has any."""
+    """Read the whole distribution for its digest, and core metadata if it has any."""
     sha256 = hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
     if not filename.endswith((*UPLOADABLE, ".tgz")):
         return Facts(sha256)
@@ -938,7 +937,7 @@ def read_facts(source: BinaryIO, filename: str, size: int) -> Facts:
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """One wheel or sdist as an index page shows it; equal only to itself."""
+    """One wheel or sdist as an index page shows it; two are never equal."""
 
     filename: Filename
     project: Project
@@ -950,8 +949,8 @@ class Distribution:
     path: str  # of the file, or the name of the object
     state: State  # changes when its bytes do
     loose: bool  # it lies in the root, not in its project's folder
-    md5: str = ""  # all that is known of an object which was copied into a bucket
-    lines: dict[str, str] = field(default_factory=dict)  # rendered, by content type
+    md5: str = ""  # hex; Cloud Storage knows it of objects that were copied in
+    lines: dict[str, str] = field(default_factory=dict)  # of pages, by content type
 
     @cached_property
     def key(self) -> VersionKey:
@@ -965,14 +964,14 @@ class Distribution:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The best hash that is known, in hex, by its name; {} if none is."""
+        """Its sha256, else its md5, in hex, by its name; {} if neither is known."""
         if self.facts.sha256:
             return {"sha256": self.facts.sha256}
         return {"md5": self.md5} if self.md5 else {}
 
     @property
     def tag(self) -> str:
-        """Its entity tag: the same bytes, the same tag, wherever they are served."""
+        """Its entity tag. The same bytes have the same tag on every instance."""
         return f'"{self.facts.sha256 or self.md5 or self.state[0]}"'
 
 
@@ -986,7 +985,7 @@ class Listing:
         self.answers: dict[tuple[str, bool], Answer] = {}
 
     def versions(self) -> dict[VersionKey, str]:
-        """Each version once (PEP 700), oldest first; 1.0 and 1.0.0 are the same."""
+        """Each version once (PEP 700), oldest first. 1.0 and 1.0.0 are the same."""
         names: dict[VersionKey, str] = {}
         for dist in self.dists:
             names.setdefault(dist.key, dist.version)
@@ -994,11 +993,11 @@ class Listing:
 
 
 class Place(NamedTuple):
-    """Where the files of a project lie, as the root of a store tells it."""
+    """Where the files of a project lie, as a look at the root shows it."""
 
     folders: tuple[str, ...] = ()  # names; a directory may have several spellings
-    # Loose files by name. The list of a bucket describes them, that of a directory
-    # only names them.
+    # Loose files by name. The listing of a bucket has their facts, that of a directory
+    # only their names.
     loose: Mapping[str, Distribution | None] = MappingProxyType({})
 
 
@@ -1022,12 +1021,12 @@ def make_catalog(
 class BoundedCache(Generic[T]):
     """Values by key. The sum of their sizes is bounded; the oldest are dropped first.
 
-    A value that is larger than the bound has a place of its own, so it neither pushes
-    all others out nor is pushed out by them.
+    One value that is larger than the bound is kept beside the others: it neither pushes
+    them out nor is pushed out by them.
     """
 
     def __init__(self, bound: int) -> None:
-        self._bound, self._total = bound, 0  # in the unit of the sizes
+        self._bound, self._total = bound, 0  # in the unit that `size` has
         self._values: dict[Hashable, tuple[T, int]] = {}
         self._large: dict[Hashable, T] = {}  # one at most
         self._lock = threading.Lock()
@@ -1053,18 +1052,18 @@ class BoundedCache(Generic[T]):
 
 
 # ---- 8. The index --------------------------------------------------------------------
-# An Index knows what lies in a Store: a directory or a bucket. `pull`, a before hook,
-# puts on a request the listing or the catalog that it reads. A handler proposes changes
-# in its response. `push`, an after hook, commits them before that is answered: first it
-# tries, and only when the name is taken does it look at what is there.
+# An Index knows what lies in a Store, which is a directory or a bucket. `pull`, a hook
+# before each request, puts on it the listing or the catalog that it reads. A handler
+# proposes changes in its response. `push`, a hook after it, commits them before the
+# answer is sent: it tries first, and looks at the store only if the name is taken.
 
-LOCKS = 64  # shared by all projects: who waits for one seldom waits for another
-TRIES = 3  # an upload that loses a race may try again; who loses thrice is told so
-TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last so many
+LOCKS = 64  # shared by all projects; two busy projects seldom have the same lock
+TRIES = 3  # an upload that loses a race is tried again; three losses are an error
+TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last 256 KiB
 
 Mark = tuple[int, int]  # of a path: mtime_ns, number of links
 GONE: Mark = (0, 0)
-Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or just the bytes
+Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or the bytes
 
 
 class Look(NamedTuple, Generic[T]):
@@ -1074,14 +1073,14 @@ class Look(NamedTuple, Generic[T]):
     """
 
     found: T
-    marks: Mapping[str, Mark]  # by path, read before the store was
+    marks: Mapping[str, Mark]  # by path; read before the store is read
     until: float  # when to stop believing that what was found is there
     sure: float  # when to stop believing that nothing else is there
     place: Place = Place()  # of a project
 
 
-Last = Look[Listing] | None  # the look before, whose unchanged parts are kept
-FindRoot = Callable[[], Look[Catalog]]  # looks at the root, if that is not known
+Last = Look[Listing] | None  # the last look; what has not changed is kept from it
+FindRoot = Callable[[], Look[Catalog]]  # returns a current look at the root
 
 
 def is_current(look: Look[Any], began: float, *, denies: bool = False) -> bool:
@@ -1099,14 +1098,14 @@ def read_marks(paths: Iterable[str]) -> dict[str, Mark]:
 
 
 def read_mark(path: str) -> Mark:
-    """Numbers that change when names in a folder, or a file, change.
+    """Return numbers that change when a file, or the names in a folder, change.
 
-    The links of most file systems' folders count the folders in them, so a new folder
-    shows even within one tick of the clock.
+    Most file systems count the folders in a folder as its links. So a new folder shows
+    even if the clock has not ticked.
     """
     try:
         state = os.stat(path)
-    except OSError:  # it is not there, or as good as that
+    except OSError:  # it is not there, or cannot be looked at
         return GONE
     return state.st_mtime_ns, state.st_nlink
 
@@ -1114,20 +1113,20 @@ def read_mark(path: str) -> Mark:
 class Store(Protocol):
     """Where distributions lie for good. Only an Index calls it.
 
-    What a store cannot do now is an OSError, which the app answers with 503.
+    It raises an OSError for what it cannot do now. The app answers that with 503.
     """
 
     staging: Path  # a folder for uploads in progress
 
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]: ...
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
-        """List a project. What stayed as it was at the `last` look is kept from it."""
+        """List a project. Distributions that have not changed are kept from `last`."""
 
     def names(self, catalog: Catalog) -> Iterator[Parsed]:
         """Every distribution, without its facts."""
 
     def everything(self, catalog: Catalog) -> Iterator[Distribution]:
-        """Every distribution, also a loose one whose name is taken in its folder."""
+        """Every distribution, also loose ones that are in their folder as well."""
 
     def open(self, dist: Distribution, start: int, stop: int) -> Body:
         """Read bytes [start, stop).
@@ -1136,16 +1135,16 @@ class Store(Protocol):
         """
 
     def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
-        """Store a staged file at one stroke, in place of the `old` one if there is one.
+        """Store a staged file atomically. It replaces `old`, if that is given.
 
-        Raises FileExistsError if anything but the old one has that name.
+        Raises FileExistsError if another file has that name.
         """
 
     def delete(self, dist: Distribution) -> None:
-        """Remove it; raise FileExistsError if it is no longer as it was listed."""
+        """Remove a distribution; FileExistsError if it is another one by now."""
 
     def move_home(self, dist: Distribution) -> None:
-        """Move a loose file to its project's folder, which may have the same bytes."""
+        """Move a loose file to its project's folder, which may have a copy of it."""
 
 
 class Index:
@@ -1166,7 +1165,7 @@ class Index:
         """Put on a request what it reads: its project's listing, or the catalog."""
         action = request.route.action if request.route else None
         if not action:
-            return  # a redirect or a start page reads neither
+            return  # redirects and the start page read neither
         project, filename = target_of(request)
         if project:
             request.listing = self.listing(project, request.started, filename)
@@ -1204,15 +1203,15 @@ class Index:
                 look = self.store.look(project, pool.submit(find_root).result, last)
         elif project in (root := find_root()).found.places:
             look = self.store.look(project, lambda: root, last)
-        else:  # denied without a look of its own
+        else:  # the root shows that there is no such project
             return Listing(project, ())
         self._looks.keep(project, look, 1 + len(look.found.dists))
         return look.found
 
     def _root_for(self, project: Project, began: float) -> Look[Catalog]:
-        """The look at the root that a project's page takes.
+        """The look at the root that the page of a project needs.
 
-        To deny a project, or to list loose files, it has to be as current as the page.
+        It may be older than the page, unless it denies a project or has loose files.
         """
         root = self.root(began)
         place = root.found.places.get(project)
@@ -1220,7 +1219,7 @@ class Index:
         return self.root(began, denies=True) if uncertain else root
 
     def root(self, began: float, *, denies: bool = False) -> Look[Catalog]:
-        """The look at the root for a request that began then, and may `deny` names."""
+        """The look at the root for a request that began then, and may deny names."""
         root = self._root
         if root and is_current(root, began, denies=denies):
             return root
@@ -1230,19 +1229,19 @@ class Index:
                 return last
             self._root = root = self.store.look_at_root(last)
             if last and last.found.projects == root.found.projects:
-                root.found.answers = last.found.answers  # the rendered pages
+                root.found.answers = last.found.answers  # rendered pages
             return root
 
     # What handlers read...
 
     def core_metadata(self, dist: Distribution) -> bytes:
-        """METADATA of a wheel, out of its tail: one ranged read, rarely two."""
+        """METADATA of a wheel. It is read from the end: one ranged read, rarely two."""
         digest = dist.facts.core_metadata
         text = self._metadata.get(digest)
         if text is None:
             source: Any = RangedFile(dist.size, partial(self._read, dist))
             text = read_core_metadata(source, dist.filename, dist.size).text
-            if hashlib.sha256(text).hexdigest() == digest:  # else somebody mistyped it
+            if hashlib.sha256(text).hexdigest() == digest:  # else it was set wrongly
                 self._metadata.keep(digest, text, 500 + len(text))
         return text
 
@@ -1261,7 +1260,7 @@ class Index:
         for change in response.changes:
             if isinstance(change, Removal):
                 dist = change.distribution
-                with contextlib.suppress(FileNotFoundError):  # somebody was quicker
+                with contextlib.suppress(FileNotFoundError):  # another request did it
                     self.store.delete(dist)
                 outcome = f"{dist.project} {dist.version} is removed."
             elif self._add(request, change):
@@ -1295,7 +1294,7 @@ class Index:
         dists = list(self.store.everything(catalog))
         at_home = {dist.filename: dist for dist in dists if not dist.loose}
         for dist in dists:
-            if not dist.facts.sha256:  # a bucket's, which reading computes and stores
+            if not dist.facts.sha256:  # in a bucket; to read it writes its facts
                 yield f"facts of {dist.filename}"
                 for _ in () if dry_run else self.open(dist, 0, dist.size):
                     pass
@@ -1311,7 +1310,7 @@ class Index:
 
 
 def _serves(look: Look[Listing], began: float, filename: str) -> bool:
-    """May a listing be shown, or say that a file or the whole project is not there?"""
+    """May a look serve this request, or deny the file or project that it asks for?"""
     there = filename in look.found.by_name if filename else look.found.dists
     return is_current(look, began, denies=not there)
 
@@ -1330,13 +1329,13 @@ def _have_same_bytes(one: Distribution, other: Distribution) -> bool:
 
 
 def relist(project: Project, dists: Iterable[Distribution], last: Last) -> Listing:
-    """The last listing, with its rendered pages, if it has just these distributions."""
+    """Return the last listing if it has the same distributions, else a new one."""
     listing = Listing(project, dists)
     return last.found if last and last.found.dists == listing.dists else listing
 
 
 class RangedFile:
-    """A file read in ranges, its tail first: enough for zipfile to find a member."""
+    """A file that is read in ranges, its end first, as zipfile does it."""
 
     def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
         self._size, self._fetch = size, fetch
@@ -1379,7 +1378,7 @@ def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
 LOOK_SHARE = 0.1  # at most 10 % of the time is spent on scanning
 LOOK_MOST = 30.0  # seconds; a look may have been slow for other reasons
-ABANDONED_SECONDS = 600  # an upload not written to for so long has lost its process
+ABANDONED_SECONDS = 600  # an upload without a write for so long has lost its process
 
 FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
 
@@ -1392,7 +1391,8 @@ class Directory:
         make_folder(self.root)
         self.staging = self.root / ".pypi_ae" / "staging"
         self._facts = FactsFiles(self.root / ".pypi_ae" / "facts")
-        # Folders that this process made: by the mark of the root before, the one after.
+        # Folders that this process made. Key: the mark of the root before; value: the
+        # mark after, and the project.
         self._made: dict[Mark, tuple[Mark, Project]] = {}
 
     # Looking...
@@ -1407,8 +1407,8 @@ class Directory:
             places[project] = Place((project,))
         self._made.clear()
         if last and began < last.until and mark == marks[root]:
-            # Nothing but our own folders is new. A file that somebody else dropped in
-            # at the same moment shows a second later.
+            # Only our own folders are new. A file that came by hand at the same moment
+            # shows a second later.
             until = min(last.until, began + LOOK_SECONDS)
             return Look(Catalog(places), marks, until, until)
         until = float("inf") if _is_settled(marks[root][0], now) else 0.0
@@ -1429,7 +1429,7 @@ class Directory:
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         root, now, began = find_root(), time.time_ns(), time.monotonic()
         place = root.found.places.get(project, Place())
-        # Marks are read before names: what changes meanwhile shows at the next look.
+        # Marks are read first, so that a change during the look is not missed.
         own = read_marks(self._folders(project, place))
         marks = {**root.marks, **own}
         believed = last and began < last.until and last.place == place
@@ -1447,12 +1447,12 @@ class Directory:
         return Look(relist(project, dists, last), marks, until, until, place)
 
     def _folders(self, project: Project, place: Place) -> list[str]:
-        """The project's folder, and others whose name is a spelling of it."""
+        """The project's folder first, then folders with other spellings of its name."""
         names = dict.fromkeys((project, *sorted(place.folders)))
         return [f"{self.root}/{name}" for name in names]
 
     def _paths(self, project: Project, place: Place) -> list[str]:
-        """Paths of a project's files, sidecars too; loose ones come last."""
+        """Paths of a project's files and sidecars. Loose ones come last."""
         paths: list[str] = []
         for folder in self._folders(project, place):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -1462,7 +1462,7 @@ class Directory:
     def _describe(
         self, project: Project, files: dict[str, State], last: Last, now: int
     ) -> Iterator[Distribution]:
-        """Distributions of files: first those that are as they were, in their order."""
+        """Distributions of files. Those that have not changed come first, in order."""
         yanks = [path for path in files if path.endswith(".yanked")]
         yanked = {path.removesuffix(".yanked"): _read_yank(path) for path in yanks}
         kept = last.found.dists if last else []
@@ -1480,8 +1480,8 @@ class Directory:
             if not facts and (facts := _compute_facts(path, state)):
                 if _is_settled(state[1], now):
                     self._facts.add(project, (names.filename, *state), facts)
-                else:  # it may be rewritten within a tick of the clock: with one number
-                    state = (*state, now)  # more it is read again at the next look
+                else:  # It may be rewritten before the clock ticks. This state equals
+                    state = (*state, now)  # no other, so the next look reads it again.
             if facts:
                 yield Distribution(
                     *names,
@@ -1539,12 +1539,12 @@ class Directory:
         os.unlink(dist.path)
         Path(f"{dist.path}.yanked").unlink(missing_ok=True)
         if not dist.loose:
-            with contextlib.suppress(OSError):  # it holds something else, and stays
+            with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(os.path.dirname(dist.path))
 
     def move_home(self, dist: Distribution) -> None:
         home = self.root / dist.project / dist.filename
-        with contextlib.suppress(FileExistsError):  # with the same bytes
+        with contextlib.suppress(FileExistsError):  # it has the same bytes
             place_file(Path(dist.path), home, overwrite=False)
         if dist.yanked is not None:
             os.replace(f"{dist.path}.yanked", f"{home}.yanked")
@@ -1562,16 +1562,16 @@ class FactsFiles:
         return self._folder / f"{project}.jsonl"
 
     def read(self, project: Project, *, anew: bool) -> dict[FactsKey, Facts]:
-        """Read all facts of a project, or those that came since they were last read."""
+        """Read all facts of a project, or those that were added since the last read."""
         start = 0 if anew else self._read_up_to.get(project, 0)
         facts, lines = dict[FactsKey, Facts](), b""
-        # What cannot be read is computed again.
+        # Facts that cannot be read are computed again.
         with contextlib.suppress(OSError), open(self._path(project), "rb") as file:
             file.seek(start)
             lines = file.read()
         self._read_up_to[project] = start + len(lines)
         for line in lines.splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # torn by a crash
+            with contextlib.suppress(ValueError, TypeError):  # a crash left half a line
                 name, size, mtime, inode, *rest = json.loads(line)
                 facts[name, size, mtime, inode] = Facts(*rest)
         return facts
@@ -1581,8 +1581,8 @@ class FactsFiles:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(self._path(project), "ab", buffering=0) as file:
-                file.write(line.encode())  # one write: lines of two workers do not mix
-        except OSError as fault:  # a read-only directory is served all the same
+                file.write(line.encode())  # at once: lines of two workers do not mix
+        except OSError as fault:  # a read-only directory is served, too
             log.warning("facts are not kept, so a restart hashes again: %s", fault)
 
 
@@ -1596,7 +1596,7 @@ def _states_of(paths: Iterable[str]) -> dict[str, State]:
 
 
 def _compute_facts(path: str, state: State) -> Facts | None:
-    """Read a file for its facts; None if it goes or changes while it is read."""
+    """Read a file for its facts; None if it changes while it is read."""
     try:
         with open(path, "rb") as file:
             facts = read_facts(file, _base(path), state[0])
@@ -1615,7 +1615,7 @@ def make_folder(path: Path) -> None:
 
 
 def _trusted_until(began: float) -> float:
-    """Until when to believe a look that began then and ends now."""
+    """Return until when to believe a look that began then and ends now."""
     ended = time.monotonic()
     return ended + min(max(LOOK_SECONDS, (ended - began) / LOOK_SHARE), LOOK_MOST)
 
@@ -1632,16 +1632,16 @@ def _is_settled(mtime: int, now: int) -> bool:
 
 
 def _read_yank(path: str) -> str:
-    """The reason of a yank: the text of <file>.yanked, 1,000 letters at most."""
+    """Return the reason of a yank: the text of <file>.yanked, at most 1,000 letters."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return " ".join(file.read(1000).split())
-    except OSError:  # whatever it is, it says that the file is yanked
+    except OSError:  # the file is yanked, whatever this is
         return ""
 
 
 def open_at(path: Path | str, start: int) -> BinaryIO:
-    """Open a file at a byte of it; whoever gets it closes it."""
+    """Open a file at a byte of it. The caller closes it."""
     file = open(path, "rb", buffering=0)  # noqa: SIM115 - unbuffered, for a socket
     if start:
         file.seek(start)
@@ -1649,7 +1649,7 @@ def open_at(path: Path | str, start: int) -> BinaryIO:
 
 
 def open_staged(folder: Path) -> BinaryIO:
-    """Open a new file for an upload in progress; remove what dead uploads left."""
+    """Open a new file for an upload; remove files of uploads that were abandoned."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # another worker removed it
@@ -1659,14 +1659,14 @@ def open_staged(folder: Path) -> BinaryIO:
 
 
 def place_file(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Give a staged file its name, atomically; FileExistsError if that is taken."""
+    """Give a staged file its name atomically; FileExistsError if the name is taken."""
     place_it = os.replace if overwrite else os.link
     try:
         place_it(source, target)
-    except FileNotFoundError:  # its folder was empty, and was removed just now
+    except FileNotFoundError:  # the folder was removed as it was empty
         target.parent.mkdir(exist_ok=True)
         place_it(source, target)
-    if os.name == "posix":  # the name has to outlive a power cut, like the bytes
+    if os.name == "posix":  # the name must survive a power cut, too
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -1677,13 +1677,13 @@ def place_file(source: Path, target: Path, *, overwrite: bool) -> None:
 # ---- 10. A bucket --------------------------------------------------------------------
 #     <prefix>/<project>/<filename>   what uploads make; facts are custom metadata
 #     <prefix>/<filename>             loose objects: listed and served, never written
-# A listing is believed for SYNC_SECONDS. What one worker changes shows in all workers
-# of its instance at once: it touches files whose times are the marks of every look. A
-# precondition (a generation) decides between writers. Objects that are read or written
-# whole are cached on the local disk.
+# A listing is believed for SYNC_SECONDS. A change shows at once in all workers of the
+# instance that made it: that worker touches a file, and the times of such files are the
+# marks of a look. A precondition (a generation) decides between writers. Objects that
+# are read or written whole are cached on the local disk.
 
 ROOT_SECONDS = 60  # times SYNC_SECONDS: to a project's page it only adds loose files
-MARKERS = 256  # files that are touched; projects share them, which costs a list at most
+MARKERS = 256  # touched files; two projects with the same one cost a list at most
 METADATA_KEYS = ("sha256", "requires-python", "core-metadata")  # Facts, in their order
 
 
@@ -1708,7 +1708,7 @@ class Cloud:
         for dist in self._describe(objects):
             loose.setdefault(dist.project, {})[dist.filename] = dist
         names = {prefix[len(self._prefix) : -1] for prefix in prefixes}
-        # A folder by another spelling of a project's name is not looked into.
+        # Folders with other spellings of a project's name are ignored.
         folders = {Project(n): (n,) for n in names if to_project(n) == n}
         until, sure = began + ROOT_SECONDS * self._sync, began + self._sync
         return Look(make_catalog(folders, loose), marks, until, sure)
@@ -1757,11 +1757,11 @@ class Cloud:
     # Reading...
 
     def open(self, dist: Distribution, start: int, stop: int) -> Body:
-        """From the cache; else from the bucket, and into the cache if it is all."""
+        """Read from the cache, else from the bucket. A whole object is then cached."""
         known = dist.facts.sha256 != ""
         if known and (file := self._cache.open(_cache_name(dist), start)):
             return file
-        if not dist.size:  # no Range can say "nothing"
+        if not dist.size:  # a Range cannot be empty
             return iter(())
         whole = stop - start == dist.size  # the md5 of a whole object is compared
         span = {"start": start} if whole else {"start": start, "stop": stop}
@@ -1770,10 +1770,10 @@ class Cloud:
         return self._keep(dist, chunks) if whole and wanted else chunks
 
     def _keep(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Pass chunks on while they are written; cache the file when all have come.
+        """Write chunks to a file and pass them on. The whole file is then cached.
 
-        The bucket's checksum is compared before the last chunk is passed on, so neither
-        a client nor the cache ever has a damaged file that looks whole.
+        gcs_rest compares the checksum before it gives the last chunk. So a damaged file
+        is never whole, at the client or in the cache.
         """
         file = open_staged(self.staging)
         try:
@@ -1794,9 +1794,9 @@ class Cloud:
             with open(path, "rb") as file:
                 facts = read_facts(file, dist.filename, dist.size)
             self.bucket.patch(dist.path, object_metadata(facts), **match)
-        except OSError as fault:  # the file is served all the same; its facts can wait
+        except OSError as fault:  # the file is served without them
             log.warning("the facts of %s were not written: %s", dist.path, fault)
-        self._touch(dist.project, root=dist.loose)  # also if it is another object now
+        self._touch(dist.project, root=dist.loose)  # it may have changed, too
 
     # Changing...
 
@@ -1812,7 +1812,7 @@ class Cloud:
                 item = insert(name, file, metadata=values, if_generation=match)
             if old and replaces_loose:
                 self.bucket.delete(old.path, generation=old.state[0])
-        finally:  # also after a failure, whose effect is not known
+        finally:  # after a failure, too: it may have been stored
             self._touch(new.project, root=replaces_loose or not place.folders)
         self._cache.put(f"{item.generation}-{new.filename}", new.source)
 
@@ -1824,12 +1824,12 @@ class Cloud:
 
     def move_home(self, dist: Distribution) -> None:
         home = f"{self._prefix}{dist.project}/{dist.filename}"
-        with contextlib.suppress(FileExistsError):  # with the same bytes
+        with contextlib.suppress(FileExistsError):  # it has the same bytes
             self.bucket.rewrite(dist.path, home, generation=dist.state[0])
         self.delete(dist)
 
     def _marker(self, project: str) -> str:
-        """The file that is touched when a project changes here or, for "", the root."""
+        """The file that is touched when a project changes here; for "", the root."""
         number = zlib.crc32(project.encode()) % MARKERS if project else "root"
         return f"{self._changes}/{number}"
 
@@ -1838,7 +1838,7 @@ class Cloud:
             marker = Path(self._marker(name))
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
-            os.utime(marker, ns=(time.time_ns(),) * 2)  # finer than the clock's ticks
+            os.utime(marker, ns=(time.time_ns(),) * 2)  # exact, unlike touch()
 
 
 class FileCache:
@@ -1857,11 +1857,11 @@ class FileCache:
             return None
 
     def put(self, name: str, source: Path) -> None:
-        """Move a file into the cache, and others out of it until all fit."""
+        """Move a file into the cache, and remove others until all fit."""
         if source.stat().st_size > self.bound:
             return
         os.replace(source, self._folder / name)
-        with contextlib.suppress(FileNotFoundError):  # another worker does the same
+        with contextlib.suppress(FileNotFoundError):  # another worker removes them
             states = [(e.stat(), e.path) for e in os.scandir(self._folder)]
             excess = sum(state.st_size for state, _ in states) - self.bound
             for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
@@ -1871,18 +1871,18 @@ class FileCache:
 
 
 def _cache_name(dist: Distribution) -> str:
-    # The generation is in the name: what was replaced elsewhere is never found.
+    # The generation is in the name, so an object that was replaced is not found.
     return f"{dist.state[0]}-{dist.filename}"
 
 
 def object_metadata(facts: Facts, uploader: str = "") -> dict[str, str]:
-    """Facts as the custom metadata of an object: the README names the keys."""
+    """Facts as the custom metadata of an object. The README lists the keys."""
     pairs = zip((*METADATA_KEYS, "uploader"), (*facts, uploader), strict=True)
     return {key: value for key, value in pairs if value}
 
 
 def _facts_of(metadata: Mapping[str, str]) -> Facts:
-    """Facts out of custom metadata, which anybody may have written there by hand."""
+    """Facts from custom metadata, which somebody may have set by hand."""
     sha256, python, core_metadata = (metadata.get(key, "") for key in METADATA_KEYS)
     return Facts(_hex_or_none(sha256), python, _hex_or_none(core_metadata))
 
@@ -1894,7 +1894,7 @@ def _hex_or_none(text: str) -> str:
 # ---- 11. Pages -----------------------------------------------------------------------
 # HTML and JSON are two renderers of the same listing. Each representation is rendered,
 # compressed and hashed once and kept with its listing; a warm page is one look-up. The
-# line of a file is kept with the file: one new file of thousands renders one line.
+# line of a file is kept with the file, so one new file renders one line.
 
 API_VERSION = "1.4"  # of the simple repository API
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -1902,12 +1902,12 @@ HTML_V1 = "application/vnd.pypi.simple.v1+html"
 HTML = "text/html"
 OFFERS = (JSON, HTML_V1, HTML)  # the order of preference among equals
 LATEST = {kind.replace("v1", "latest"): kind for kind in (JSON, HTML_V1)}
-LARGE_PAGE = 1 << 20  # bytes; level 6 takes thrice the time of 1, for a tenth less
+LARGE_PAGE = 1 << 20  # bytes; level 6 takes three times as long as 1 and saves 10 %
 Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
 Renderer = Callable[[Source], str]
 
 
-@lru_cache(maxsize=256)  # clients send a handful of different headers
+@lru_cache(maxsize=256)  # clients send only a few different headers
 def negotiate(accept: str) -> str:
     """Choose a content type for an Accept header (PEP 691, RFC 9110), or raise 406.
 
@@ -1997,7 +1997,7 @@ def escape(text: str) -> Html:
 
 
 def html_page(title: str, body: str, head: str = "") -> Html:
-    """The frame of every page. The empty icon keeps browsers from asking for one."""
+    """The frame of every page. With an empty icon, browsers do not ask for one."""
     return Html(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'{head}<link rel="icon" href="data:,"><title>{escape(title)}</title></head>\n'
@@ -2011,7 +2011,7 @@ def _simple_page(title: str, links: Iterable[str]) -> Html:
 
 
 def _line(dist: Distribution, kind: str, make: Callable[[Distribution], str]) -> str:
-    """The line of a file on a page, rendered once."""
+    """Return the line of a file on a page; it is rendered once."""
     line = dist.lines.get(kind)
     if line is None:
         line = dist.lines[kind] = make(dist)
@@ -2147,12 +2147,12 @@ def metadata_response(app: App, request: Request, dist: Distribution) -> Respons
 
 
 def _lifetime(app: App) -> str:
-    # With OVERWRITE a name may get other bytes, so clients have to ask each time.
+    # With OVERWRITE a name may get other bytes, so clients must ask each time.
     return "no-cache" if app.settings.overwrite else "max-age=31536000, immutable"
 
 
 def file_response(app: App, request: Request, dist: Distribution) -> Response:
-    """Answer a file: 200, 206, 304 or 416. FileNotFoundError: it was replaced."""
+    """Answer a file: 200, 206 or 304. Raises FileNotFoundError if it was replaced."""
     tag, modified, size = dist.tag, _http_date(dist.uploaded), dist.size
     headers = [("ETag", tag), ("Last-Modified", modified)]
     headers.append(("Cache-Control", _lifetime(app)))
@@ -2184,7 +2184,10 @@ def _http_date(seconds: float) -> str:
 def _requested_range(
     request: Request, size: int, validators: tuple[str, str]
 ) -> tuple[int, int] | None:
-    """The one range asked for, as [start, stop); None for the whole; 416 beyond it."""
+    """Return the requested range as [start, stop); None for the whole file.
+
+    Raises 416 for a range beyond the end.
+    """
     text, if_range = request.header("Range"), request.header("If-Range")
     match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text, re.ASCII)
     if not match or text == "bytes=-" or (if_range and if_range not in validators):
@@ -2607,7 +2610,7 @@ def _propose_removal(app: App, form: Form) -> Response:
 
 
 def plain_response(kind: str, text: str) -> Response:
-    """An answer that is not kept, here or by the client."""
+    """An answer that is made anew for each request."""
     return body_response("200 OK", kind, text.encode(), ("Cache-Control", "no-cache"))
 
 
@@ -2631,7 +2634,7 @@ def project_json(app: App, request: Request) -> Response:
 
 
 def _latest(listing: Listing) -> str:
-    """The newest; one that is yanked or no final release only if there is no other."""
+    """The newest version; a yanked one or a pre-release only if there is no other."""
     ranks = [(d.yanked is None, is_final(d.key), d.key, d) for d in listing.dists]
     return max(ranks, key=lambda rank: rank[:3])[3].version if ranks else ""
 
@@ -2707,7 +2710,7 @@ def warm_up(app: App, request: Request) -> Response:
 
 
 def to_simple(app: App, request: Request) -> Response:
-    """/<project>: where people guess that a project's page is."""
+    """/<project>: people guess this address of a project's page."""
     return redirect(relative(request.path, f"/simple/{request.project}/"))
 
 
