@@ -5,7 +5,8 @@
     python bench/inprocess.py --path A --path B  two checkouts, and B / A
 
 Each round measures each checkout in turn, in a process of its own; the best of all
-rounds is printed. It uses `get_app(...)` and WSGI alone: any two versions compare.
+rounds is printed. It uses public names alone (get_app, WSGI, gcs_rest.Bucket), so any
+two versions compare.
 """
 
 import argparse
@@ -32,7 +33,6 @@ from pypi_ae import get_app
 environ = {"REQUEST_METHOD": "GET", "PATH_INFO": sys.argv[2], "SERVER_NAME": "x",
            "SERVER_PORT": "80", "wsgi.url_scheme": "http"}
 b"".join(get_app(root=sys.argv[1], tier="dev")(environ, lambda *_: None))"""
-
 ENVIRON: dict[str, Any] = {"CONTENT_TYPE": FORM_TYPE}
 setup_testing_defaults(ENVIRON)
 

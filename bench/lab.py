@@ -50,7 +50,9 @@ ask() {
   read -r _ status _ <&3 && cat <&3 > /dev/null && test "$status" = 200
 }
 setsid <command> > /dev/null 2> <log> & echo $! > <pid>
-until ask 2> /dev/null; do kill -0 $! && test $SECONDS -lt 60 || exit 1; done
+until ask 2> /dev/null; do
+  kill -0 $! && test $SECONDS -lt 60 && sleep 0.002 || exit 1
+done
 """
 
 

@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in wanted.scenarios or SCENARIOS:
             try:
                 for row in SCENARIOS[name](run):
-                    print(*row, file=sys.stderr, flush=True)
+                    figure = f"{row.value:,.4g} {row.unit}"
+                    print(*row[:3], row.server, figure, row.extra, file=sys.stderr)
                     rows.append(row)
             except Exception:  # the others go on
                 traceback.print_exc()
