@@ -5,10 +5,12 @@
     python bench/run.py page cold --rounds 7   some scenarios
     python bench/run.py page --servers ours hello --sizes 100 10000
     python bench/run.py --quick                does it still run? not for figures
+    python bench/run.py --table bench/results/measurements.md     for a commit
 
-Needs wrk, nginx and openssl (Debian: apt-get install wrk nginx openssl) and, to install
-the servers, a working pip. Everything it builds lies in a work directory; the table and
-the raw figures go to bench/results/.
+Needs psutil, wrk, nginx and hyperfine (pip install psutil; Debian: apt-get install wrk
+nginx hyperfine) and, to install the servers, a working pip. All that it builds, the raw
+figures (JSON) and the table lie in a work directory outside of the repository.
+`bench/inprocess.py` measures without any server.
 """
 
 from __future__ import annotations
@@ -20,109 +22,84 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab import PATH, Lab
 from report import markdown
-from scenarios import SCENARIOS, Run
-from servers import HERE, KINDS, Lab
+from scenarios import SCENARIOS, Row, Run
+from servers import SERVERS
 
-TOOLS = {
-    "wrk": "wrk",
-    "nginx": "nginx",
-    "openssl": "openssl",
-}  # program: Debian package
-QUICK = {"rounds": 2, "seconds": 1, "sizes": (100,)}
+TOOLS = ("wrk", "nginx", "hyperfine")  # programs, and Debian's packages
+WORK = Path(tempfile.gettempdir(), "pypi-ae-bench")
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ", ".join(SCENARIOS)
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {names}")
-    parser.add_argument("--rounds", type=int, help="rounds over all servers (5)")
-    parser.add_argument("--seconds", type=int, help="seconds of a window of wrk (2)")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", help="corpora, by number of files"
-    )
-    parser.add_argument("--servers", nargs="+", choices=KINDS, metavar="SERVER")
-    parser.add_argument(
-        "--quick", action="store_true", help="2 rounds of 1 s, 100 files"
-    )
-    parser.add_argument("--work", type=Path, default=HERE / ".work")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--name", default=time.strftime("%Y-%m-%d-%H%M"))
-    found = parser.parse_args(argv)
-    if unknown := set(found.scenarios) - set(SCENARIOS):
+    add, names = parser.add_argument, ", ".join(SCENARIOS)
+    add("scenarios", nargs="*", metavar="SCENARIO", help=f"of {names}")
+    add("--rounds", type=int, default=5, help="rounds over all servers (5)")
+    add("--seconds", type=int, default=2, help="seconds of a window of wrk (2)")
+    add("--sizes", type=int, nargs="+", help="corpora, by number of files")
+    add("--servers", nargs="+", choices=SERVERS, default=SERVERS, metavar="")
+    add("--quick", action="store_true", help="1 round of 1 s, 100 files")
+    add("--work", type=Path, default=WORK, help=f"the work directory ({WORK})")
+    add("--table", type=Path, help="a file to write the table to")
+    wanted = parser.parse_args(argv)
+    if unknown := set(wanted.scenarios) - set(SCENARIOS):
         parser.error(f"unknown scenario: {', '.join(sorted(unknown))} (of {names})")
-    return found
+    if wanted.quick:
+        wanted.rounds, wanted.seconds, wanted.sizes = 1, 1, [100]
+    return wanted
 
 
-def missing_tools() -> list[str]:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin"  # where Debian has nginx
-    return [
-        package for tool, package in TOOLS.items() if not shutil.which(tool, path=path)
-    ]
-
-
-def about(run: Run) -> dict[str, str]:
-    """Say what the figures were taken with."""
-    return {
+def save(run: Run, rows: Sequence[Row], stem: Path) -> str:
+    """Write raw figures and table; return the table."""
+    installed = {name for names in run.lab.installed.values() for name in names}
+    about = {
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "Python": platform.python_version(),
         "rounds": f"{run.rounds}, windows of {run.seconds} s",
-        "versions": ", ".join(sorted(run.lab.versions())),
+        "installed": ", ".join(sorted(installed)),
     }
-
-
-def save(run: Run, out: Path, name: str) -> None:
-    """Write raw figures and table."""
-    facts = about(run)
-    text = markdown(run.rows, run.notes, facts)
-    out.mkdir(parents=True, exist_ok=True)
-    raw = {
-        "about": facts,
-        "notes": run.notes,
-        "rows": [row._asdict() for row in run.rows],
-    }
-    (out / f"{name}.json").write_text(json.dumps(raw, indent=0) + "\n")
-    (out / f"{name}.md").write_text(text)
+    stem.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}))
+    text = markdown(rows, about)
+    stem.with_suffix(".md").write_text(text)
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     wanted = read_arguments(argv)
-    if missing := missing_tools():
+    if missing := [tool for tool in TOOLS if not shutil.which(tool, path=PATH)]:
         print(f"missing: apt-get install {' '.join(missing)}", file=sys.stderr)
         return 2
-    chosen = dict(QUICK) if wanted.quick else {"rounds": 5, "seconds": 2, "sizes": None}
-    given = {"rounds": wanted.rounds, "seconds": wanted.seconds, "sizes": wanted.sizes}
-    chosen |= {name: value for name, value in given.items() if value}
     # So that whoever ends us ends the servers, too: leaving the Lab does that.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    failed = 0
-    with Lab(wanted.work.resolve()) as lab:
-        run = Run(lab, servers=wanted.servers, **chosen)
+    rows: list[Row] = []
+    failed, text = 0, ""
+    with Lab(wanted.work) as lab:
+        stem = lab.work / time.strftime("%Y-%m-%d-%H%M%S")
+        run = Run(lab, wanted.rounds, wanted.seconds, wanted.sizes, wanted.servers)
         for name in wanted.scenarios or SCENARIOS:
-            failed += not measure(run, name)
-            save(run, wanted.out, wanted.name)  # each time: the whole takes an hour
-    print((wanted.out / f"{wanted.name}.md").read_text())
+            try:
+                for row in SCENARIOS[name](run):
+                    figure = f"{row.value:,.4g} {row.unit}"
+                    print(*row[:3], row.server, figure, row.extra, file=sys.stderr)
+                    rows.append(row)
+            except Exception:  # the others go on
+                traceback.print_exc()
+                failed += 1
+            text = save(run, rows, stem)  # each time: the whole takes an hour
+    print(text)
+    if wanted.table:
+        wanted.table.write_text(text)
     return 1 if failed else 0
-
-
-def measure(run: Run, name: str) -> bool:
-    """Run a scenario; one that fails, why ever, is noted: the others go on."""
-    try:
-        SCENARIOS[name](run)
-    except Exception as error:
-        traceback.print_exc()
-        # The message may hold paths of this machine; it went to stderr.
-        run.note(f"{name}: stopped by a {type(error).__name__}")
-        return False
-    return True
 
 
 if __name__ == "__main__":
