@@ -445,7 +445,7 @@ class Request:
     started: float  # monotonic seconds
     route: Route | None = None
     project: Project = Project("")  # the one that the path names, if it names one
-    args: Mapping[str, str] = field(default_factory=dict)  # what else the path names
+    args: Mapping[str, str] = field(init=False)  # what else it names
     user: str = ""  # authenticated user, or "" if the action needs none
     listing: Listing = field(init=False)  # set by Index.pull: of the project
     catalog: Catalog = field(init=False)  # set by Index.pull if there is no project
@@ -1989,7 +1989,7 @@ def render(body: bytes, kind: str, *, gzip: bool) -> Answer:
 
 def _names_tag(header: str, tag: str) -> bool:
     """Does If-None-Match name this tag (RFC 9110, 13.1.2: weak comparison)?"""
-    return header.strip() == "*" or tag in re.findall(r'"[^"]*"', header)
+    return header in (tag, "*") or tag in re.findall(r'"[^"]*"', header)
 
 
 def escape(text: str) -> Html:
@@ -2156,7 +2156,8 @@ def file_response(app: App, request: Request, dist: Distribution) -> Response:
     tag, modified, size = dist.tag, _http_date(dist.uploaded), dist.size
     headers = [("ETag", tag), ("Last-Modified", modified)]
     headers.append(("Cache-Control", _lifetime(app)))
-    tags, since = request.header("If-None-Match"), request.header("If-Modified-Since")
+    tags = request.environ.get("HTTP_IF_NONE_MATCH")
+    since = request.environ.get("HTTP_IF_MODIFIED_SINCE")
     if _names_tag(tags, tag) if tags else since == modified:
         return Response("304 Not Modified", tuple(headers))
     kind = TYPES.get(os.path.splitext(dist.filename)[1], "application/octet-stream")
@@ -2188,7 +2189,8 @@ def _requested_range(
 
     Raises 416 for a range beyond the end.
     """
-    text, if_range = request.header("Range"), request.header("If-Range")
+    text = request.environ.get("HTTP_RANGE", "")
+    if_range = request.environ.get("HTTP_IF_RANGE")
     match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text, re.ASCII)
     if not match or text == "bytes=-" or (if_range and if_range not in validators):
         return None
