@@ -1942,13 +1942,10 @@ def takes_gzip(accept_encoding: str) -> bool:
     return weights.get("gzip", weights.get("*", 0.0)) > 0
 
 
-def requested_type(request: Request) -> str:
+def requested_type(query: str, accept: str) -> str:
     """What ?format= says, else what Accept says."""
-    if query := request.environ.get("QUERY_STRING"):
-        formats = parse_qs(query.replace("+", "%2B")).get("format")  # v1+json
-        if formats:
-            return negotiate(formats[-1])
-    return negotiate(request.environ.get("HTTP_ACCEPT", ""))
+    formats = parse_qs(query.replace("+", "%2B")).get("format")  # v1+json
+    return negotiate(formats[-1] if formats else accept)
 
 
 def page_response(
@@ -1958,14 +1955,16 @@ def page_response(
     to_json: Renderer[Source],
 ) -> Response:
     """Answer a page in the representation that is asked for, or 304."""
-    kind = requested_type(request)
-    gzip = takes_gzip(request.environ.get("HTTP_ACCEPT_ENCODING", ""))
+    environ = request.environ
+    query, accept = environ.get("QUERY_STRING"), environ.get("HTTP_ACCEPT", "")
+    kind = requested_type(query, accept) if query else negotiate(accept)
+    gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", ""))
     answer = source.answers.get((kind, gzip))
     if answer is None:
         text = to_json(source) if kind == JSON else to_html(source)
         answer = source.answers[kind, gzip] = render(text.encode(), kind, gzip=gzip)
     full, not_modified = answer
-    tags = request.environ.get("HTTP_IF_NONE_MATCH")
+    tags = environ.get("HTTP_IF_NONE_MATCH")
     return not_modified if tags and _names_tag(tags, full.headers[0][1]) else full
 
 
