@@ -1,4 +1,11 @@
-"""Tests of pypi_ae.py, in the order of its sections, then of gcs_rest, then end to end.
+"""Tests of pypi_ae.py and gcs_rest.py. Contents, by the bars between them:
+
+    Helpers        a client, makers of forms and archives, fixtures
+    1. to 16.      the sections of pypi_ae.py; a bucket (10) has its own bars, below
+    gcs_rest: ...  the sections of gcs_rest.py, then the same against an emulator
+    Real ...       servers and clients: uploads, installs, resolving, strain
+    A bucket, ...  pypi_ae.py over a bucket: its cost, what is fresh, writers, faults
+    End to end     a server, the emulator, the ancestor's settings
 
 Every request to the app goes through Client, every answer through wsgiref.validate.
 """
@@ -22,6 +29,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -71,11 +79,6 @@ from gcs_rest import (
 from pypi_ae import (
     App,
     HTTPError,
-    MultipartParser,
-    PartBegins,
-    PartData,
-    PartEnds,
-    BoundedCache as Remembered,
     Request,
     Response,
     Settings,
@@ -83,11 +86,8 @@ from pypi_ae import (
     get_app,
     hash_password,
     main,
-    negotiate,
-    normalize,
     parse_filename,
     password_check,
-    takes_gzip,
     version_key,
 )
 
@@ -98,11 +98,16 @@ WHEEL = "acme-1.0-py3-none-any.whl"
 WHEEL2 = "acme-2.0-py3-none-any.whl"
 SDIST = "acme-1.0.tar.gz"
 MODULE = Path(pypi_ae.__file__)
+FILE = f"/packages/acme/{WHEEL}"
+MULTIPART = {"content_type": "multipart/form-data; boundary=b0"}
 
 # ---- Helpers -------------------------------------------------------------------------
 # A client that speaks WSGI as a server does, and makers of what it sends.
 
 Part = tuple[str, str | None, bytes]  # name, filename, data
+Patch = pytest.MonkeyPatch
+Log = pytest.LogCaptureFixture
+Output = pytest.CaptureFixture[str]
 
 
 class Answer(NamedTuple):
@@ -120,11 +125,11 @@ class Answer(NamedTuple):
 
     def links(self) -> dict[str, dict[str, str]]:
         """The attributes of each anchor of a page, by its text; read as hatch does."""
-        found: dict[str, dict[str, str]] = {}
+        links: dict[str, dict[str, str]] = {}
         for attributes, text in re.findall(r"<a ([^>]+)>([^<]+)</a>", self.text):
             pairs = re.findall(r'([\w-]+)="([^"]*)"', attributes)
-            found[html.unescape(text)] = {k: html.unescape(v) for k, v in pairs}
-        return found
+            links[html.unescape(text)] = {k: html.unescape(v) for k, v in pairs}
+        return links
 
 
 class Client:
@@ -146,43 +151,45 @@ class Client:
     def root(self) -> Path:
         return self.app.settings.root
 
+    @property
+    def staged(self) -> list[str]:
+        """Uploads that lie in the staging folder."""
+        folder = self.app.index.store.staging
+        return os.listdir(folder) if folder.exists() else []
+
+    def drop(self, path: str | Path, content: bytes = b"x") -> Path:
+        """Write a file below the root by hand."""
+        (self.root / path).parent.mkdir(exist_ok=True)
+        (self.root / path).write_bytes(content)
+        return self.root / path
+
     def send(
-        self,
-        method: str,
-        url: str,
-        body: Any = b"",
-        *,
-        hostile: Any = None,
-        wrapper: Any = None,
-        **headers: Any,
+        self, method: str, url: str, body: Any = b"", hostile: Any = (), **headers: Any
     ) -> Answer:
         prefix = self.proxy + self.mount
         assert url.startswith(prefix)
         path, _, query = url[len(prefix) :].partition("?")
-        stream = io.BytesIO(body) if isinstance(body, bytes) else body
         environ: dict[str, Any] = {"REQUEST_METHOD": method, "QUERY_STRING": query}
         environ |= {"SCRIPT_NAME": self.mount, "PATH_INFO": unquote(path, "latin-1")}
-        environ |= {"wsgi.input": stream, "REMOTE_ADDR": "192.0.2.7"}
+        environ["wsgi.input"] = io.BytesIO(body) if isinstance(body, bytes) else body
+        environ["REMOTE_ADDR"] = "192.0.2.7"
         if method not in ("GET", "HEAD"):
             environ["CONTENT_LENGTH"] = str(len(body))
         for name, value in {**self.headers, **headers}.items():
             key = name.upper()
             environ[key if key.startswith("CONTENT_") else f"HTTP_{key}"] = value
         setup_testing_defaults(environ)
-        if wrapper:
-            environ["wsgi.file_wrapper"] = wrapper
-        answer = self._call(environ, hostile or {})
+        answer = self._call(environ, dict(hostile))
         check_answer(method, answer)
         return answer
 
-    def _call(self, environ: dict[str, Any], hostile: Mapping[str, Any]) -> Answer:
+    def _call(self, environ: dict[str, Any], hostile: dict[str, Any]) -> Answer:
         started: list[Answer] = []
 
         def start(status: str, headers: list[tuple[str, str]], exc: Any = None) -> Any:
             assert not started
-            names = [name.lower() for name, _ in headers]
-            assert len(set(names)) == len(names), headers
-            values = dict(zip(names, (value for _, value in headers), strict=True))
+            values = {name.lower(): value for name, value in headers}
+            assert len(values) == len(headers), headers
             started.append(Answer(int(status[:3]), status[4:], values, b""))
             return lambda data: None
 
@@ -199,17 +206,16 @@ class Client:
     def get(self, url: str, **more: Any) -> Answer:
         return self.send("GET", url, **more)
 
-    def post(
-        self, parts: Iterable[Part], url: str = "/", boundary: str = "b0", **more: Any
-    ) -> Answer:
-        kind = f"multipart/form-data; boundary={boundary}"
-        more.setdefault("content_type", kind)
-        return self.send("POST", url, encode(parts, boundary), **more)
+    def post(self, parts: Iterable[Part], url: str = "/", **more: Any) -> Answer:
+        return self.send("POST", url, encode(parts), **MULTIPART | more)
 
     def upload(
         self, filename: str, content: bytes, /, *, url: str = "/", **fields: Any
     ) -> Answer:
         return self.post(upload_form(filename, content, **fields), url)
+
+    def remove(self, version: str, project: str = "acme") -> Answer:
+        return self.post([REMOVE, field("name", project), field("version", version)])
 
     def follow(self, url: str, **more: Any) -> tuple[str, Answer]:
         """Go where redirects lead, as a client resolves them; also says where to."""
@@ -228,6 +234,10 @@ class Client:
         assert answer.status == 200
         page: dict[str, Any] = answer.json()
         return {**page, "files": {file["filename"]: file for file in page["files"]}}
+
+    def sha256(self, name: str = WHEEL) -> str:
+        """The digest of a file of the project acme, as its page tells it."""
+        return str(self.page()["files"][name]["hashes"]["sha256"])
 
 
 def check_answer(method: str, answer: Answer) -> None:
@@ -281,7 +291,7 @@ def make_wheel(
     code: bytes = b"",
 ) -> bytes:
     metadata = make_metadata(name, version, requires_python)
-    folder = f"{normalize(name).replace('-', '_')}-{version}.dist-info"
+    folder = f"{pypi_ae.normalize(name).replace('-', '_')}-{version}.dist-info"
     return make_zip({f"{name}.py": code, f"{folder}/METADATA": metadata})
 
 
@@ -320,14 +330,22 @@ def field(name: str, value: str | bytes) -> Part:
     return name, None, value if isinstance(value, bytes) else value.encode()
 
 
-def encode(parts: Iterable[Part], boundary: str = "b0") -> bytes:
+def encode(parts: Iterable[Part]) -> bytes:
     """Multipart form-data (RFC 7578), as clients send it."""
     lines = []
     for name, filename, data in parts:
         file = "" if filename is None else f'; filename="{filename}"'
         head = f'Content-Disposition: form-data; name="{name}"{file}'.encode()
-        lines += [b"--" + boundary.encode(), head, b"", data]
-    return b"\r\n".join([*lines, f"--{boundary}--\r\n".encode()])
+        lines += [b"--b0", head, b"", data]
+    return b"\r\n".join([*lines, b"--b0--\r\n"])
+
+
+ACTION, REMOVE = field(":action", "file_upload"), field(":action", "remove_pkg")
+NAME, VERSION = field("name", "acme"), field("version", "2.0")
+
+
+def call(*arguments: Any, method: str = "search") -> bytes:
+    return xmlrpc.client.dumps(arguments, method).encode()
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -340,8 +358,14 @@ def make_app(root: Path, **settings: Any) -> App:
     return get_app(root=root, **settings)
 
 
+def make_old(root: Path) -> None:
+    """Give all that is there, and its folders, times of long ago."""
+    for path in (*root.rglob("*"), root):
+        os.utime(path, (1e9, 1e9))
+
+
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _alone(tmp_path: Path, monkeypatch: Patch) -> None:
     """No setting and no file of this machine reaches a test."""
     monkeypatch.chdir(tmp_path)
     for word in (*pypi_ae.DEFAULTS, "GAE_ENV", "K_SERVICE", "PORT"):
@@ -367,10 +391,72 @@ def stocked(client: Client) -> Client:
     return client
 
 
+@pytest.fixture
+def clock(monkeypatch: Patch) -> list[float]:
+    """A monotonic clock that stands still until its one number is changed."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def patience() -> Iterator[None]:
+    """Five seconds, then the test fails: an endless loop has to end somewhere."""
+
+    def stop(*_: Any) -> None:
+        pytest.fail("still at work after five seconds")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
+
+
+class Body:
+    """A request's body that is made while it is read, and does things on the way."""
+
+    def __init__(self, data: bytes, at: int, do: Callable[[], Any]) -> None:
+        self._data, self._file, self._at, self._do = data, io.BytesIO(data), at, do
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, size: int) -> bytes:
+        left = self._at - self._file.tell()
+        if left == 0:
+            self._do()
+        return self._file.read(min(size, left) if left > 0 else size)
+
+    def readline(self, size: int = -1) -> bytes:
+        raise AssertionError
+
+    readlines = __iter__ = readline  # the validator wants to see them
+
+
+def first_calls(act: Callable[[], object]) -> list[str]:
+    """The functions of both modules that `act` calls, by the order of first calls."""
+    names: dict[str, None] = {}
+    files = {pypi_ae.__file__, gcs_rest.__file__}
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename in files:
+            names.setdefault(frame.f_code.co_name.lstrip("_"))
+
+    old = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        act()
+    finally:
+        sys.setprofile(old)
+    return list(names)
+
+
 # ---- 1. Words and errors -------------------------------------------------------------
 
 
 def test_contents_of_the_docstring_are_the_section_bars() -> None:
+    """And the bars of these tests; those of a bucket stand further down."""
     source, contents = MODULE.read_text("utf-8"), pypi_ae.__doc__ or ""
     bars = re.findall(r"^# ---- (\d+)\. (.+?) -+$", source, re.M)
     numbers = re.findall(r"^ {4,5}(\d+)\. ", contents, re.M)
@@ -378,41 +464,34 @@ def test_contents_of_the_docstring_are_the_section_bars() -> None:
     assert numbers == [str(n + 1) for n in range(len(bars))]
     assert [title for n, title in bars if f" {n}. {title} " not in contents] == []
     assert {len(line) for line in re.findall(r"^# -{4}.*$", source, re.M)} == {88}
+    tests = re.findall(r"^# ---- (\d+)\. (.+?) -+$", Path(__file__).read_text(), re.M)
+    assert tests == [bar for bar in bars if bar[1] != "A bucket"]
 
 
 def test_module_imports_the_standard_library_only() -> None:
-    found = re.findall(r"^ *(?:from|import) (\w+)", MODULE.read_text("utf-8"), re.M)
-    assert "bcrypt" in found
-    assert {*found} - sys.stdlib_module_names <= {"bcrypt", "gcs_rest", "pypi_ae"}
-    assert not {*found} & {"cgi", "crypt", "distutils", "imp"}
+    names = {*re.findall(r"^ *(?:from|import) (\w+)", MODULE.read_text("utf-8"), re.M)}
+    assert "bcrypt" in names
+    assert names - sys.stdlib_module_names <= {"bcrypt", "gcs_rest", "pypi_ae"}
+    assert not names & {"cgi", "crypt", "distutils", "imp"}
 
 
-def test_import_makes_nothing_and_starts_nothing(tmp_path: Path) -> None:
-    code = (
-        "import sys, threading; old = set(sys.modules); import pypi_ae\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - old}\n"
-        "print(sorted(new - sys.stdlib_module_names), threading.active_count())"
-    )
-    environ = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
-    environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True)
-    assert (done.stdout.decode().strip(), done.stderr) == ("['pypi_ae'] 1", b"")
-    assert list(tmp_path.iterdir()) == []
+ALONE = """
+import sys, threading
+old = set(sys.modules)
+import pypi_ae, os
+new = {name.partition('.')[0] for name in set(sys.modules) - old}
+print(sorted(new - sys.stdlib_module_names), threading.active_count(), os.listdir())
+app = pypi_ae.get_app(root='r', users={'ci': pypi_ae.hash_password('x')})
+environ = {'REQUEST_METHOD': 'GET', 'PATH_INFO': '/health'}
+print(b''.join(app(environ, lambda *_: None)))
+"""
 
 
-def test_copied_alone_it_works(tmp_path: Path) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "pypi_ae.py").write_bytes(MODULE.read_bytes())
-    code = (
-        "from pypi_ae import get_app, hash_password\n"
-        "app = get_app(root='r', users={'ci': hash_password('x')})\n"
-        "environ = {'REQUEST_METHOD': 'GET', 'PATH_INFO': '/health'}\n"
-        "print(b''.join(app(environ, lambda *_: None)))"
-    )
-    command = [sys.executable, "-S", "-E", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path / "own", capture_output=True)
-    assert (done.stdout.strip(), done.returncode) == (rb"b'Ok\n'", 0)
+def test_module_copied_alone_works_and_its_import_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "pypi_ae.py").write_bytes(MODULE.read_bytes())
+    command = [sys.executable, "-S", "-E", "-B", "-W", "error", "-c", ALONE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "['pypi_ae'] 1 ['pypi_ae.py']\nb'Ok\\n'\n", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -450,17 +529,17 @@ def test_bad_setting_is_refused_by_name(name: str, value: str) -> None:
         get_app(root="r", users={}, **{name.lower(): value})
 
 
-def test_unknown_and_contradictory_keywords_are_refused(tmp_path: Path) -> None:
+def test_unknown_and_contradictory_keywords_are_refused(client: Client) -> None:
     with pytest.raises(SettingsError, match="overwite"):
         get_app(root="r", overwite=True)
     with pytest.raises(SettingsError, match="AUTHENTICATE"):
         get_app(root="r", users={}, authenticate="list,update")
-    (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="file"):
-        get_app(root=tmp_path / "file")
+        get_app(root=client.drop("file"))
 
 
-def test_settings_have_the_documented_defaults() -> None:
+def test_settings_have_the_documented_defaults(root: Path) -> None:
+    """Also if a variable is empty: that opens no index for writing."""
     settings = Settings.from_env({})
     assert settings.root.name == "packages"
     assert settings.authenticate == {"update"}
@@ -468,27 +547,30 @@ def test_settings_have_the_documented_defaults() -> None:
     assert (settings.overwrite, settings.max_upload) == (False, 0)
     assert settings.health_endpoint == "/health"
     assert Settings.from_env({"GAE_ENV": "standard"}).max_upload == 32_000_000
-
-
-def test_empty_variable_means_the_default(root: Path) -> None:
-    """Nobody opens an index for writing by an unset variable of a shell."""
-    empty = dict.fromkeys(pypi_ae.DEFAULTS, "")
-    assert Settings.from_env(empty) == Settings.from_env({})
+    assert Settings.from_env(dict.fromkeys(pypi_ae.DEFAULTS, "")) == settings
     app = get_app(root=root, authenticate=None)
     assert Client(app).upload(WHEEL, make_wheel()).status == 403
 
 
-def test_keywords_win_over_the_environment(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOCAL_PACKAGE_DIRECTORY", str(tmp_path / "other"))
+def test_keywords_win_over_the_environment(root: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("LOCAL_PACKAGE_DIRECTORY", "other")
     monkeypatch.setenv("HEALTH_ENDPOINT", "/alive")
     monkeypatch.setenv("AUTHENTICATE", ".")
     client = Client(get_app(root=root, overwrite=True))
     assert client.get("/alive").body.strip() == b"Ok"
     assert client.upload(WHEEL, make_wheel()).status == 200
     assert (root / "acme" / WHEEL).is_file()
-    assert not (tmp_path / "other").exists()
+    assert not Path("other").exists()
+
+
+def test_remote_directory_without_a_bucket_is_served(root: Path, caplog: Log) -> None:
+    caplog.set_level(logging.INFO)
+    client = Client(make_app(root / "local", remote_package_directory=root / "remote"))
+    assert "REMOTE_PACKAGE_DIRECTORY is served" in caplog.text
+    assert str(root / "remote") in caplog.text
+    assert client.upload(WHEEL, make_wheel()).status == 200
+    assert (root / "remote" / "acme" / WHEEL).is_file()
+    assert not (root / "local").exists()
 
 
 # ---- 3. Names and versions -----------------------------------------------------------
@@ -497,7 +579,7 @@ def test_keywords_win_over_the_environment(
 def test_names_are_normalised() -> None:
     """PEP 503."""
     for name in ("acme-tools", "acme.tools", "ACME__Tools", "a-cme_-.-tools".title()):
-        assert normalize(name.replace("A-C", "Ac")) == "acme-tools"
+        assert pypi_ae.normalize(name.replace("A-C", "Ac")) == "acme-tools"
 
 
 @pytest.mark.parametrize(("name", "project", "version"), [
@@ -610,17 +692,18 @@ PREFIXES = [("", ""), ("/index", ""), ("", "/outer"), ("/index", "/outer")]
 
 
 @pytest.mark.parametrize(("mount", "proxy"), PREFIXES)
-@pytest.mark.parametrize(("path", "arrives"), REDIRECTS)
+@pytest.mark.parametrize(("path", "target"), REDIRECTS)
 def test_redirect_survives_a_prefix(
-    root: Path, mount: str, proxy: str, path: str, arrives: str
+    root: Path, mount: str, proxy: str, path: str, target: str
 ) -> None:
+    prefix = proxy + mount
     name = "acme_tools-1.0+l-py3-none-any.whl"
     client = Client(make_app(root), mount=mount, proxy=proxy)
     content = make_wheel("acme_tools", "1.0+l")
-    assert client.upload(name, content, url=f"{proxy}{mount}/").status == 200
-    assert client.get(proxy + mount + path).status in (301, 302)
-    url, answer = client.follow(proxy + mount + path)
-    assert unquote(url).startswith(unquote(proxy + mount + arrives))
+    assert client.upload(name, content, url=f"{prefix}/").status == 200
+    assert client.get(prefix + path).status in (301, 302)
+    url, answer = client.follow(prefix + path)
+    assert unquote(url).startswith(unquote(prefix + target))
     assert answer.status == 200
 
 
@@ -642,17 +725,11 @@ def test_links_of_all_pages_arrive_below_a_prefix(
         host = "https://pkg.example" if proxy else "http://127.0.0.1"
         assert url.startswith(f"{host}{prefix}/packages/")
         assert client.get(url.removeprefix(host)).body == content
-    start = client.get(f"{prefix}/")
+    url, start = client.follow(prefix if mount else f"{prefix}/")
+    assert url == f"{prefix}/"
     assert f"{host}{prefix}/simple/" in start.text
     for link in start.links().values():
-        assert client.get(urljoin(f"{prefix}/", link["href"])).status == 200
-
-
-def test_start_page_without_its_slash_leads_to_the_projects(root: Path) -> None:
-    client = Client(make_app(root), mount="/index")
-    url, answer = client.follow("/index")
-    for link in answer.links().values():
-        assert urljoin(url, link["href"]).startswith("/index/")
+        assert client.get(urljoin(url, link["href"])).status == 200
 
 
 @pytest.mark.parametrize("evil", ['"><script>', "a b", "x\u00e9", "a@b,<>"])
@@ -769,7 +846,7 @@ def test_stored_password_that_cannot_be_used_is_refused_at_start(
     assert not stored or stored not in str(caught.value)
 
 
-def test_bcrypt_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bcrypt_without_its_package_is_refused(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "bcrypt", None)
     with pytest.raises(SettingsError, match="line 7") as caught:
         password_check(VECTORS[-1][1], "users.txt, line 7")
@@ -823,22 +900,23 @@ URLS = {
 def test_authenticate_says_what_needs_a_user(
     root: Path, list_: bool, download: bool, update: bool
 ) -> None:
-    asked = {"list": list_, "download": download, "update": update}
-    actions = [action for action, needed in asked.items() if needed] or ["."]
+    needs = {"list": list_, "download": download, "update": update}
+    actions = [action for action, needed in needs.items() if needed] or ["."]
     app = get_app(root=root, users=SHA, authenticate=" ".join(actions))
+    stranger, ada = Client(app), Client(app, login=ADA)
     form = upload_form(WHEEL, make_wheel())
-    assert Client(app).post(form).status == (401 if update else 200)
-    assert Client(app, login=ADA).post(form).status == 200
+    assert stranger.post(form).status == (401 if update else 200)
+    assert ada.post(form).status == 200
     for action, urls in URLS.items():
         for url, method in itertools.product(urls.split(), ("GET", "HEAD")):
-            stranger = Client(app).send(method, url).status
-            known = Client(app, login=ADA).send(method, url).status
-            assert known == (404 if "/no" in url else 200), url
-            assert stranger == (401 if asked[action] else known), url
+            status = 404 if "/no" in url else 200
+            assert ada.send(method, url).status == status, url
+            status = 401 if needs[action] else status
+            assert stranger.send(method, url).status == status, url
     for url in ("/", "/health", "/acme/"):
-        assert Client(app).get(url).status in (200, 302)
-    call = xmlrpc.client.dumps(({"name": "acme"},), "search").encode()
-    assert Client(app).send("POST", "/RPC2", call).status == (401 if list_ else 200)
+        assert stranger.get(url).status in (200, 302)
+    status = 401 if list_ else 200
+    assert stranger.send("POST", "/RPC2", call({"name": "acme"})).status == status
 
 
 def test_users_file_is_read_again_when_it_changes(root: Path, tmp_path: Path) -> None:
@@ -848,23 +926,20 @@ def test_users_file_is_read_again_when_it_changes(root: Path, tmp_path: Path) ->
         assert answer.status == 403  # there is no file yet
         assert "pypi_ae.py passwd" in answer.reason
     assert snapshot(root) == {}
-    file.write_text(f"# users\n\nada:{SHA['ada']}\n")
-    assert client.post(form).status == 200
-    assert client.post(form).status == 200  # remembered ...
-    file.write_text(f"ada:{SHA['bob']}\n")
-    assert client.post(form).status == 401  # ... and forgotten
-    file.write_text(f"ada:{SHA['ada']}\n\n")
-    assert client.post(form).status == 200
-    file.write_text(f"eve:{SHA['ada']}\n")
-    assert client.post(form).status == 401
+    for text, status in (
+        (f"# users\n\nada:{SHA['ada']}\n", 200),
+        (f"ada:{SHA['bob']}\n", 401),  # the login of before is forgotten
+        (f"ada:{SHA['ada']}\n\n", 200),
+        (f"eve:{SHA['ada']}\n", 401),
+    ):
+        file.write_text(text)
+        assert [client.post(form).status for _ in range(2)] == [status, status]
     file.unlink()
     assert client.post(form).status == 403
 
 
-def test_users_file_that_was_spoiled_lets_nobody_in(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file, form = tmp_path / "users", upload_form(WHEEL, make_wheel())
+def test_spoiled_file_of_users_lets_nobody_in(root: Path, caplog: Log) -> None:
+    file, form = Path("users").absolute(), upload_form(WHEEL, make_wheel())
     file.write_text(f"ada:{SHA['ada']}\n")
     client = Client(get_app(root=root, password_file=file), login=ADA)
     assert client.post(form).status == 200
@@ -876,17 +951,6 @@ def test_users_file_that_was_spoiled_lets_nobody_in(
         caplog.clear()
     with pytest.raises(SettingsError, match="line 2"):
         get_app(root=root, password_file=file)
-
-
-def test_what_a_stranger_sends_adds_no_line_to_the_log(
-    client: Client, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A version that is quoted in a refusal may hold anything."""
-    fields = {":action": "remove_pkg", "name": "acme", "version": "1\nINFO forged"}
-    form = [field(name, value) for name, value in fields.items()]
-    assert client.post(form).status == 404
-    assert [r.getMessage() for r in caplog.records if "forged" in r.getMessage()]
-    assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
 def test_wrong_logins_cost_the_same_and_a_right_one_is_kept(root: Path) -> None:
@@ -907,19 +971,21 @@ def test_wrong_logins_cost_the_same_and_a_right_one_is_kept(root: Path) -> None:
     assert 0.4 < unknown / wrong < 2.5
 
 
-def test_logs_never_contain_passwords(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_has_no_passwords_and_no_foreign_lines(root: Path, caplog: Log) -> None:
+    """A version that is quoted in a refusal may hold anything."""
     caplog.set_level(logging.DEBUG)
     app = get_app(root=root, users=SHA, authenticate="list,update")
     app.verbose = True
     logins = [ADA, "ada:hunter22", "eve:hunter22", "hunter22"]
     for login in logins:
-        Client(app, login=login).get("/simple/")
-        Client(app, login=login).upload(WHEEL, make_wheel())
-        Client(app, login=login).post([])
-    assert "acme-1.0" in caplog.text
-    assert "192.0.2.7" in caplog.text
+        client = Client(app, login=login)
+        client.get("/simple/")
+        client.upload(WHEEL, make_wheel())
+        client.post([])
+        client.remove("1\nINFO forged")
+    for expected in ("acme-1.0", "192.0.2.7", "forged"):
+        assert expected in caplog.text
+    assert all("\n" not in record.getMessage() for record in caplog.records)
     for secret in ("pass word", "hunter22", *(basic(login)[6:] for login in logins)):
         assert secret not in caplog.text
 
@@ -1040,20 +1106,6 @@ def archive_name(archive: str) -> str:
     return WHEEL2 if kind == "whl" else f"acme-2.0.{kind}"
 
 
-@pytest.fixture
-def patience() -> Iterator[None]:
-    """Five seconds, then the test fails: an endless loop has to end somewhere."""
-
-    def stop(*_: Any) -> None:
-        pytest.fail("still at work after five seconds")
-
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(5)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
-
-
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("archive", ARCHIVES)
 def test_upload_of_a_bad_archive_is_refused(stocked: Client, archive: str) -> None:
@@ -1072,15 +1124,13 @@ def test_upload_of_a_bad_archive_is_refused(stocked: Client, archive: str) -> No
     assert snapshot(stocked.app.settings.root) == before
 
 
+@pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize(
     "archive", words("text.whl truncated.whl before-its-start.whl loop.tar.gz")
 )
-@pytest.mark.usefixtures("patience")
-def test_bad_archive_dropped_by_hand_is_served_without_metadata(
-    client: Client, archive: str
-) -> None:
+def test_bad_archive_is_served_without_metadata(client: Client, archive: str) -> None:
     content, name = ARCHIVES[archive](), archive_name(archive)
-    (client.root / name).write_bytes(content)
+    client.drop(name, content)
     entry = client.page()["files"][name]
     assert entry["hashes"] == {"sha256": sha256(content)}
     assert not {"core-metadata", "requires-python"} & set(entry)
@@ -1147,43 +1197,141 @@ def test_error_of_the_source_is_not_taken_for_a_broken_archive(
 def test_versions_are_sorted_and_listed_once(client: Client) -> None:
     """PEP 440 order; PEP 700: no duplicates, and every file's version is there."""
     versions = ["1.10", "1.9", "1.0rc1", "1.0", "2!0.1", "1.0.post1", "1.0.dev1"]
-    (client.root / "acme").mkdir()
     for version in versions:
-        (client.root / "acme" / f"acme-{version}.tar.gz").write_bytes(b"x")
-    (client.root / "acme-1.9-py3-none-any.whl").write_bytes(b"x")
-    (client.root / "acme-1.9.0.zip").write_bytes(b"x")
+        client.drop(f"acme/acme-{version}.tar.gz")
+    client.drop("acme-1.9-py3-none-any.whl")
+    client.drop("acme-1.9.0.zip")
     page = client.page()
     order = [Version(version) for version in page["versions"]]
     assert order == sorted(map(Version, versions))
     assert len(page["files"]) == len(versions) + 2
-    links = list(client.get("/simple/acme/").links())
-    assert links == list(page["files"])
-    assert list(dict.fromkeys(map(version_of, links))) == order
+    assert list(client.get("/simple/acme/").links()) == list(page["files"])
+    parsed = [parse_filename(name, "acme") for name in page["files"]]
+    assert list(dict.fromkeys(Version(p.version) for p in parsed if p)) == order
 
 
-def version_of(name: str) -> Version:
-    parsed = parse_filename(name, "acme")
-    assert parsed
-    return Version(parsed.version)
+def test_bounded_cache_drops_what_came_first() -> None:
+    """A value larger than the bound pushes nothing out, and is not pushed out."""
+    cache: pypi_ae.BoundedCache[str] = pypi_ae.BoundedCache(10)
+
+    def keep(key: str, value: str, size: int) -> list[str | None]:
+        cache.keep(key, value, size)
+        return [cache.get(each) for each in "abcd"]
+
+    keep("a", "A", 4)
+    keep("b", "B", 4)
+    assert keep("a", "a", 6) == ["a", "B", None, None]
+    assert keep("c", "C", 1) == ["a", None, "C", None]  # b came first
+    assert keep("d", "D", 99) == ["a", None, "C", "D"]
+    assert keep("b", "B", 9) == [None, "B", "C", "D"]
+    assert keep("a", "A", 99) == ["A", "B", "C", None]  # there is one such place
+    assert keep("a", "a", 1) == ["a", "B", None, None]
 
 
-def test_what_is_remembered_is_bounded_by_its_size() -> None:
-    remembered: Remembered[str] = Remembered(10)
-    remembered.keep("a", "A", 4)
-    remembered.keep("b", "B", 4)
-    remembered.keep("a", "a", 6)
-    assert (remembered.get("a"), remembered.get("b")) == ("a", "B")
-    remembered.keep("c", "C", 1)  # 11 by now: what was kept first goes
-    assert [remembered.get(key) for key in "abc"] == ["a", None, "C"]
-    remembered.keep("d", "D", 99)
-    assert [remembered.get(key) for key in "abcd"] == [None, None, None, "D"]
+# ---- 8. The index --------------------------------------------------------------------
 
 
-# ---- 8. The directory ----------------------------------------------------------------
+def test_page_is_trusted_for_a_second_without_a_look(
+    stocked: Client, monkeypatch: Patch
+) -> None:
+    """Also when an empty folder, a spelling of the project's name, came meanwhile."""
+    for path in (stocked.root / "acme").iterdir():
+        os.utime(path, (1e9, 1e9))
+    for number, name in enumerate(("acme", "ACME", "Acme")):
+        (stocked.root / name).mkdir(exist_ok=True)
+        for folder in (stocked.root / name, stocked.root):
+            os.utime(folder, (1e9 + number, 1e9 + number))
+        expected = stocked.page()
+        with monkeypatch.context() as context:
+            context.setattr(os, "listdir", None)
+            assert stocked.page() == expected
+
+
+def test_those_who_wait_for_a_look_share_it(
+    stocked: Client, clock: list[float], monkeypatch: Patch
+) -> None:
+    make_old(stocked.root)
+    stocked.page()
+    looks, real_listdir = [], os.listdir
+
+    def listdir(path: str) -> list[str]:
+        looks.append(path)
+        time.sleep(0.1)
+        return real_listdir(path)
+
+    clock[0] += 1.1
+    monkeypatch.setattr(os, "listdir", listdir)
+    with ThreadPoolExecutor(8) as pool:
+        pages = list(pool.map(lambda _: stocked.page(), range(8)))
+    assert all(page["files"] for page in pages)
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize("folder", ["acme", ""])
+@pytest.mark.parametrize("suffix", ["", ".metadata"])
+@pytest.mark.usefixtures("clock")
+def test_download_is_right_at_once_after_a_rewrite_in_place(
+    client: Client, folder: str, suffix: str
+) -> None:
+    """No look of before says that the file is there no more; that costs no 503."""
+    client.drop(Path(folder, WHEEL), CONTENT)
+    make_old(client.root)
+    assert client.sha256() == sha256(CONTENT)
+    wheel = make_wheel(requires_python=">=3.9")
+    client.drop(Path(folder, WHEEL), wheel)
+    assert client.sha256() == sha256(CONTENT)  # the look is trusted
+    expected = make_metadata(requires_python=">=3.9") if suffix else wheel
+    answer = client.get(FILE + suffix)
+    assert (answer.status, answer.body) == (200, expected)
+    assert answer.headers["etag"] == f'"{sha256(expected)}"'
+    assert client.sha256() == sha256(wheel)
+
+
+def test_core_metadata_is_read_once(stocked: Client) -> None:
+    path, url = stocked.root / "acme" / WHEEL, f"{FILE}.metadata"
+    old, before = stocked.get(url).body, path.stat()
+    with path.open("r+b") as file:
+        file.write(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stocked.get(url).body == old
+
+
+def test_two_apps_over_one_directory_see_each_others_changes(root: Path) -> None:
+    """As two workers, or two servers, do."""
+    one, two = Client(make_app(root)), Client(make_app(root))
+    for number in range(10):
+        name = f"acme-{number}.0.tar.gz"
+        content = make_sdist(version=f"{number}.0")
+        assert one.upload(name, content).status == 200
+        assert two.get(f"/packages/acme/{name}").body == content
+        assert name in two.page()["files"]
+        assert two.remove(f"{number}").status == 200
+        assert one.get(f"/packages/acme/{name}").status == 404
+        assert one.page()["files"] == {}
+
+
+def test_hook_before_push_can_veto(store: Store) -> None:
+    """Nothing is stored and nothing removed, wherever the files lie."""
+
+    def veto(request: Request, response: Response) -> None:
+        if response.changes:
+            raise HTTPError(403, "Nothing changes here today.")
+
+    client = store.instance()
+    assert client.upload(WHEEL, make_wheel()).status == 200
+    before = store.all()
+    client.app.after.insert(0, veto)
+    for answer in (client.upload(WHEEL2, W2), client.remove("1.0")):
+        assert (answer.status, answer.reason) == (403, "Nothing changes here today.")
+        assert store.all() == before
+        assert client.staged == []
+    assert set(client.page()["files"]) == {WHEEL}
+
+
+# ---- 9. A directory ------------------------------------------------------------------
 
 KINDS = [WHEEL, SDIST, "acme-1.0.zip", "acme-1.0.tgz", "acme-1.0.tar.bz2"]
-KINDS += ["acme-1.0.tar.xz", "acme-1.0-py3.9.egg", "acme-1.0.win32.exe"]
-KINDS += ["acme-1.0.win-amd64-py3.3.msi"]
+KINDS += ["acme-1.0.tar.xz", "acme-1.0-py3.9.egg"]
 
 
 @pytest.mark.parametrize("folder", ["", "acme", "Acme", "ACME"])
@@ -1192,8 +1340,7 @@ def test_file_dropped_by_hand_is_listed_and_served(
     client: Client, folder: str, name: str
 ) -> None:
     assert client.page()["files"] == {}
-    (client.root / folder).mkdir(exist_ok=True)
-    (client.root / folder / name).write_bytes(b"some bytes")
+    client.drop(Path(folder, name), b"some bytes")
     entry = client.page()["files"][name]
     assert entry["size"] == 10
     answer = client.get(urljoin("/simple/acme/", entry["url"]))
@@ -1209,18 +1356,16 @@ def test_changes_by_hand_are_seen_within_one_clock_tick(
     client: Client, folder: str
 ) -> None:
     """A second change of a folder may leave its time as it was."""
-    path = client.root / folder / "acme_tools-1.0-py3-none-any.whl"
-    url = f"/packages/acme-tools/{path.name}"
+    name = "acme_tools-1.0-py3-none-any.whl"
+    url, yank = f"/packages/acme-tools/{name}", Path(folder, f"{name}.yanked")
     for number in range(30):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x" * number)
-        assert client.page("acme-tools")["files"][path.name]["size"] == number
+        path = client.drop(Path(folder, name), b"x" * number)
+        assert client.page("acme-tools")["files"][name]["size"] == number
         assert client.get(url).body == b"x" * number
-        path.with_name(path.name + ".yanked").write_text(f"no {number}")
-        yanked = client.page("acme-tools")["files"][path.name]["yanked"]
-        assert yanked == f"no {number}"
-        path.with_name(path.name + ".yanked").unlink()
-        assert client.page("acme-tools")["files"][path.name]["yanked"] is False
+        client.drop(yank, b"no %d" % number)
+        assert client.page("acme-tools")["files"][name]["yanked"] == f"no {number}"
+        (client.root / yank).unlink()
+        assert client.page("acme-tools")["files"][name]["yanked"] is False
         path.unlink()
         assert client.page("acme-tools")["files"] == {}
         assert client.get(url).status == 404
@@ -1231,199 +1376,188 @@ def test_file_rewritten_within_one_clock_tick_gets_its_new_hash(client: Client) 
     """Also with its size unchanged: a wrong hash would be believed for ever."""
     names = [f"acme-{number}.0.tar.gz" for number in range(20)]
     for name in names:
-        (client.root / name).write_bytes(b"old bytes")
+        client.drop(name, b"old bytes")
         assert name in client.page()["files"]
-        (client.root / name).write_bytes(b"new bytes")
+        client.drop(name, b"new bytes")
     time.sleep(1.1)  # so long a look is trusted when only a file changes
-    hashes = {file["hashes"]["sha256"] for file in client.page()["files"].values()}
-    assert hashes == {sha256(b"new bytes")}
-
-
-def test_file_rewritten_later_is_seen_within_a_second_or_so(client: Client) -> None:
-    (client.root / SDIST).write_bytes(b"old")
-    os.utime(client.root, (1e9, 1e9))
-    assert client.page()["files"][SDIST]["size"] == 3
-    (client.root / SDIST).write_bytes(b"newer")
-    assert client.get(f"/packages/{SDIST}").body == b"newer"
-    assert client.page()["files"][SDIST]["hashes"]["sha256"] == sha256(b"newer")
-
-
-def test_page_is_trusted_for_a_second_without_a_look(
-    stocked: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when an empty folder, a spelling of the project's name, came meanwhile."""
-    for path in (stocked.root / "acme").iterdir():
-        os.utime(path, (1e9, 1e9))
-    for number, name in enumerate(("acme", "ACME", "Acme")):
-        (stocked.root / name).mkdir(exist_ok=True)
-        for folder in (stocked.root / name, stocked.root):
-            os.utime(folder, (1e9 + number, 1e9 + number))
-        expected = stocked.page()
-        with monkeypatch.context() as context:
-            context.setattr(os, "listdir", None)
-            assert stocked.page() == expected
-
-
-def make_old(root: Path) -> None:
-    """Give all that is there, and its folders, times of long ago."""
-    for path in (*root.rglob("*"), root):
-        os.utime(path, (1e9, 1e9))
+    assert {client.sha256(name) for name in names} == {sha256(b"new bytes")}
 
 
 @pytest.mark.parametrize(
     ("slow", "trusted", "over"), [(0.0, 0.9, 1.1), (0.3, 2.9, 4.0), (9.0, 29.0, 31.0)]
 )
-def test_file_rewritten_in_place_is_seen_when_a_look_is_over(
+def test_rewritten_file_is_seen_when_its_look_is_over(
     client: Client,
+    clock: list[float],
     slow: float,
     trusted: float,
     over: float,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     """After a second, or after ten times what a slow look took; 30 s at most."""
-    clock = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     real_listdir = os.listdir
 
     def listdir(path: str) -> list[str]:
         clock[0] += slow
         return real_listdir(path)
 
+    def drop(content: bytes) -> None:
+        client.drop(f"acme/{SDIST}", content)
+        make_old(client.root)
+
     monkeypatch.setattr(os, "listdir", listdir)
-    (client.root / "acme").mkdir()
-    (client.root / "acme" / SDIST).write_bytes(b"old")
-    make_old(client.root)
+    drop(b"old")
     assert client.page()["files"][SDIST]["size"] == 3
-    (client.root / "acme" / SDIST).write_bytes(b"newer")
-    make_old(client.root)
-    clock[0] += trusted
-    assert client.page()["files"][SDIST]["size"] == 3
-    clock[0] += over - trusted
-    assert client.page()["files"][SDIST]["size"] == 5
+    drop(b"newer")
+    for seconds, size in ((trusted, 3), (over - trusted, 5)):
+        clock[0] += seconds
+        assert client.page()["files"][SDIST]["size"] == size
 
 
 def test_file_that_could_not_be_read_is_tried_again(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    stocked: Client, clock: list[float], monkeypatch: Patch
 ) -> None:
     """Too many open files, say: neither the file nor its folder changes."""
-    (client.root / SDIST).write_bytes(b"x")
-    (client.root / WHEEL).write_bytes(make_wheel())
-    make_old(client.root)
+    make_old(stocked.root)
 
     def fail(path: Any, *mode: Any) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
     with monkeypatch.context() as context:
         context.setattr(pypi_ae, "open", fail, raising=False)
-        assert client.page()["files"] == {}
-    later = time.monotonic() + 1.1
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert set(client.page()["files"]) == {SDIST, WHEEL}
+        assert stocked.page()["files"] == {}
+    clock[0] += 1.1
+    assert set(stocked.page()["files"]) == {SDIST, WHEEL}
 
 
-def test_those_who_wait_for_a_look_share_it(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("clock")
+def test_new_project_shows_without_a_scan_of_the_root(
+    stocked: Client, monkeypatch: Patch
 ) -> None:
-    (client.root / "acme").mkdir()
-    (client.root / "acme" / SDIST).write_bytes(b"x")
-    make_old(client.root)
-    client.page()
-    looks, real_listdir = [], os.listdir
+    """It takes long if there are thousands of projects."""
+    names = [f"p{number}" for number in range(50)]
+    for name in names:
+        stocked.drop(f"{name}/{name}-1.0.tar.gz")
+    make_old(stocked.root)
+    scans, real_scandir = [], os.scandir
+    assert stocked.page("p1")["files"]
 
-    def listdir(path: str) -> list[str]:
-        looks.append(path)
-        time.sleep(0.1)
-        return real_listdir(path)
+    def scandir(path: Any) -> Any:
+        scans.append(str(path))
+        return real_scandir(path)
 
-    time.sleep(1.1)
-    monkeypatch.setattr(os, "listdir", listdir)
-    with ThreadPoolExecutor(8) as pool:
-        pages = list(pool.map(lambda _: client.page(), range(8)))
-    assert all(page["files"] for page in pages)
-    assert len(looks) == 1
+    monkeypatch.setattr(os, "scandir", scandir)
+    for name in ("new", "newer"):
+        assert stocked.upload(f"{name}-1.0.tar.gz", make_sdist(name)).status == 200
+        names.append(name)
+        assert [each for each in names if not stocked.page(each)["files"]] == []
+    assert set(stocked.get("/simple/").links()) == {"acme", *names}
+    assert scans  # of the staging folder
+    assert str(stocked.root) not in scans
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+@pytest.mark.parametrize("path", ["b/b-1.0.tar.gz", "b-1.0.tar.gz"])
+def test_what_comes_by_hand_beside_a_new_project_is_seen(
+    stocked: Client, clock: list[float], monkeypatch: Patch, moment: str, path: str
+) -> None:
+    """A folder at once, as the root has more links; a loose file within a second."""
+    real_mkdir = os.mkdir
+
+    def drop(*_: Any) -> None:
+        stocked.drop(path)
+
+    def mkdir(folder: str, *mode: int) -> None:
+        real_mkdir(folder, *mode)
+        monkeypatch.setattr(os, "mkdir", real_mkdir)
+        drop()
+
+    make_old(stocked.root)
+    assert stocked.page("b")["files"] == {}
+    if moment == "during":
+        monkeypatch.setattr(os, "mkdir", mkdir)
+    if moment == "after":
+        stocked.app.after.append(drop)
+    body = encode(upload_form("c-1.0.tar.gz", make_sdist("c")))
+    then = drop if moment == "before" else int
+    answer = stocked.send("POST", "/", Body(body, len(body) // 2, then), **MULTIPART)
+    assert answer.status == 200
+    assert stocked.page("c")["files"]
+    clock[0] += 0.0 if "/" in path else 1.1
+    assert stocked.page("b")["files"]
 
 
 NOW = 1_700_000_000_123_456_789
 SECOND, TICK = 1_000_000_000, 20_000_000
 
 
-@pytest.mark.parametrize(
-    ("mtime", "settled"),
-    [
-        pytest.param(NOW - SECOND, True, id="long ago"),
-        pytest.param(NOW - TICK - 1, True, id="before the tick"),
-        pytest.param(NOW - TICK, False, id="in the tick"),
-        pytest.param(NOW, False, id="now"),
-        pytest.param(NOW + SECOND // 2, False, id="during the look"),
-        pytest.param(NOW + SECOND + TICK + 1, True, id="still to come"),
-        pytest.param(NOW - NOW % SECOND - SECOND, False, id="full seconds"),
-        pytest.param(NOW - NOW % SECOND - 2 * SECOND, True, id="full seconds, before"),
-    ],
-)
+@pytest.mark.parametrize(("mtime", "settled"), [
+    pytest.param(NOW - SECOND, True, id="long ago"),
+    pytest.param(NOW - TICK - 1, True, id="before the tick"),
+    pytest.param(NOW - TICK, False, id="in the tick"),
+    pytest.param(NOW, False, id="now"),
+    pytest.param(NOW + SECOND // 2, False, id="during the look"),
+    pytest.param(NOW + SECOND + TICK + 1, True, id="still to come"),
+    pytest.param(NOW - NOW % SECOND - SECOND, False, id="full seconds"),
+    pytest.param(NOW - NOW % SECOND - 2 * SECOND, True, id="full seconds, before"),
+])  # fmt: skip
 def test_time_of_a_file_is_settled_when_another_change_would_show(
-    mtime: int, settled: bool, monkeypatch: pytest.MonkeyPatch
+    mtime: int, settled: bool, monkeypatch: Patch
 ) -> None:
     """The look began at NOW, and ends a second later."""
     monkeypatch.setattr(time, "time_ns", lambda: NOW + SECOND)
     assert pypi_ae._is_settled(mtime, NOW) is settled
 
 
-def test_facts_are_computed_once_for_all_starts(root: Path) -> None:
+def test_facts_are_computed_once_for_all_starts(client: Client) -> None:
     """The bytes change, but not size, time and inode: nobody looks at them again."""
-    root.mkdir()
-    path = root / SDIST
-    path.write_bytes(make_sdist(requires_python=">=3.8"))
+    path = client.drop(SDIST, make_sdist(requires_python=">=3.8"))
     os.utime(path, (1e9, 1e9))
-    first = Client(make_app(root)).page()
+    first = client.page()
     with path.open("r+b") as file:
         file.write(bytes(50))
     os.utime(path, (1e9, 1e9))
-    assert Client(make_app(root)).page() == first
+    assert Client(make_app(client.root)).page() == first
     os.utime(path, (2e9, 2e9))
-    changed = Client(make_app(root)).page()["files"][SDIST]
+    changed = Client(make_app(client.root)).page()["files"][SDIST]
     assert changed["hashes"] == {"sha256": sha256(path.read_bytes())}
     assert "requires-python" not in changed
 
 
 def test_facts_may_be_deleted_or_torn(stocked: Client) -> None:
-    expected = stocked.page()
+    expected, folder = stocked.page(), stocked.root / ".pypi_ae" / "facts"
     for spoil in (b"", b'{"half', b"[]\n[1,2]\nnull\n\xff\n", b'[["x"],1,2,3,4]\n'):
-        for file in (stocked.root / ".pypi_ae" / "facts").iterdir():
+        for file in folder.iterdir():
             file.write_bytes(spoil + file.read_bytes()[:40] + b"\n")
         assert Client(make_app(stocked.root)).page() == expected
-    for file in (stocked.root / ".pypi_ae" / "facts").iterdir():
-        file.unlink()
-    (stocked.root / ".pypi_ae" / "facts").rmdir()
+    shutil.rmtree(folder)
     assert Client(make_app(stocked.root)).page() == expected
 
 
 def test_what_is_no_distribution_is_not_served(stocked: Client) -> None:
     names = ["notes.txt", "acme.whl", ".acme-1.0.tar.gz", "acme/x.py", "acme/.DS_Store"]
     names += ["acme/evil-1.0.tar.gz", f"acme/{WHEEL}.part", ".git/acme-1.0.tar.gz"]
-    (stocked.root / ".git").mkdir()
+    names += [f"acme/acme-5.0.tar.gz{suffix}" for suffix in (".asc", ".yanked")]
+    names += [f"acme/{WHEEL}.asc"]
+    for name in names:
+        stocked.drop(name, b"private")
     (stocked.root / "acme-3.0.tar.gz").mkdir()  # a folder with a file's name
     (stocked.root / "acme-4.0.tar.gz").symlink_to("nowhere")
-    names += [f"acme/acme-5.0.tar.gz{suffix}" for suffix in (".asc", ".yanked")]
-    for name in names:
-        (stocked.root / name).write_bytes(b"private")
     assert set(stocked.page()["files"]) == {WHEEL, SDIST}
     for name in (*names, "acme-3.0.tar.gz", "acme-4.0.tar.gz"):
         assert stocked.get(f"/packages/{name}").status in (301, 404)
         assert stocked.follow(f"/packages/{name}")[1].status == 404
     assert "private" not in stocked.get("/packages/").text
-
-
-def test_companions_that_cannot_be_read_spoil_nothing(stocked: Client) -> None:
-    (stocked.root / "acme" / f"{WHEEL}.yanked").mkdir()
-    (stocked.root / "acme" / f"{SDIST}.yanked").symlink_to(f"{SDIST}.yanked")
-    assert stocked.get("/simple/acme/").status == 200
+    assert stocked.remove("1.0").status == 200
+    assert [name for name in names if not (stocked.root / name).is_file()] == []
 
 
 def test_yank_is_a_file_beside_the_distribution(stocked: Client) -> None:
     """PEP 592: JSON says a reason or true, HTML has an attribute, maybe empty."""
+    yank = f"acme/{WHEEL}.yanked"
     for reason, in_json in (("", True), (' "a"\n<b> & Zoë ', '"a" <b> & Zoë')):
-        (stocked.root / "acme" / f"{WHEEL}.yanked").unlink(missing_ok=True)
-        (stocked.root / "acme" / f"{WHEEL}.yanked").write_text(reason, "utf-8")
+        (stocked.root / yank).unlink(missing_ok=True)
+        stocked.drop(yank, reason.encode())
         assert stocked.page()["files"][WHEEL]["yanked"] == in_json
         assert stocked.page()["files"][SDIST]["yanked"] is False
         links = stocked.get("/simple/acme/").links()
@@ -1431,10 +1565,14 @@ def test_yank_is_a_file_beside_the_distribution(stocked: Client) -> None:
         assert "data-yanked" not in links[SDIST]
         release = stocked.get("/acme/json").json()["releases"]["1.0"]
         assert {r["filename"]: r["yanked"] for r in release}[WHEEL] is True
-    assert stocked.get(f"/packages/acme/{WHEEL}").status == 200
+    assert stocked.get(FILE).status == 200
+    (stocked.root / yank).unlink()
+    (stocked.root / yank).mkdir()  # neither this nor a loop can be read
+    (stocked.root / "acme" / f"{SDIST}.yanked").symlink_to(f"{SDIST}.yanked")
+    assert stocked.get("/simple/acme/").status == 200
 
 
-# ---- 10. Pages -----------------------------------------------------------------------
+# ---- 11. Pages -----------------------------------------------------------------------
 
 PIP = f"{JSON}, {HTML_V1}; q=0.1, text/html; q=0.01"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
@@ -1459,7 +1597,7 @@ def test_accept_header_chooses_the_type(
     stocked: Client, accept: str, expected: str
 ) -> None:
     """PEP 691, RFC 9110 12.5.1."""
-    assert negotiate(accept) == expected
+    assert pypi_ae.negotiate(accept) == expected
     for url in ("/simple/", "/simple/acme/"):
         answer = stocked.get(url, **({"accept": accept} if accept else {}))
         assert answer.headers["content-type"].partition(";")[0] == expected
@@ -1473,7 +1611,7 @@ def test_accept_header_chooses_the_type(
 ])  # fmt: skip
 def test_nothing_acceptable_is_406(stocked: Client, accept: str) -> None:
     with pytest.raises(HTTPError, match=re.escape(JSON)):
-        negotiate(accept)
+        pypi_ae.negotiate(accept)
     assert stocked.get("/simple/acme/", accept=accept).status == 406
 
 
@@ -1502,8 +1640,8 @@ def assert_no_null(value: Any) -> None:
 
 def test_json_has_exactly_the_keys_that_clients_take(stocked: Client) -> None:
     """PEP 691, 700, 714; uv refuses a project for one null, pip 23.0 for more keys."""
-    answer = stocked.get("/simple/acme/", accept=JSON)
-    page = answer.json()
+    os.utime(stocked.root / "acme" / SDIST, ns=(0, 1_767_225_599_123_456_000))
+    page = stocked.get("/simple/acme/", accept=JSON).json()
     assert_no_null(page)
     assert set(page) == {"meta", "name", "versions", "files"}
     assert (page["name"], page["versions"]) == ("acme", ["1.0"])
@@ -1516,19 +1654,9 @@ def test_json_has_exactly_the_keys_that_clients_take(stocked: Client) -> None:
     assert wheel["hashes"] == {"sha256": sha256(content)}
     assert (wheel["size"], type(wheel["size"])) == (len(content), int)
     assert wheel["yanked"] is False
-    assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", wheel["upload-time"]
-    )
+    assert sdist["upload-time"] == "2025-12-31T23:59:59.123456Z"
     index = stocked.get("/simple/", accept=JSON).json()
     assert index == {"meta": {"api-version": "1.4"}, "projects": [{"name": "acme"}]}
-
-
-def test_upload_time_is_that_of_the_file_in_utc(client: Client) -> None:
-    """PEP 700."""
-    (client.root / SDIST).write_bytes(b"x")
-    os.utime(client.root / SDIST, ns=(0, 1_767_225_599_123_456_000))
-    time_ = client.page()["files"][SDIST]["upload-time"]
-    assert time_ == "2025-12-31T23:59:59.123456Z"
 
 
 def test_html_has_the_attributes_of_the_peps(client: Client) -> None:
@@ -1550,7 +1678,6 @@ def test_html_has_the_attributes_of_the_peps(client: Client) -> None:
     metadata = sha256(make_metadata("Acme.Tools", "1!1.0+l.1", python))
     assert link["data-core-metadata"] == f"sha256={metadata}"
     assert link.get("data-dist-info-metadata") in (None, f"sha256={metadata}")
-    assert link["data-gpg-sig"] == "true"
     assert "data-yanked" not in link
     assert client.get("/simple/").links() == {"acme-tools": {"href": "acme-tools/"}}
 
@@ -1600,6 +1727,35 @@ def test_new_upload_changes_the_etag(stocked: Client) -> None:
     assert stocked.get("/simple/", if_none_match=old[0]).status == 200
 
 
+def test_new_file_of_many_renders_one_line(client: Client, monkeypatch: Patch) -> None:
+    """And the sort key of one version is computed; both pages are asked for."""
+
+    def pages_with(names: list[str]) -> None:
+        for name in names:
+            client.drop(f"acme/{name}")
+        make_old(client.root / "acme")
+        os.utime(client.root / "acme", (2e9 - len(names), 2e9 - len(names)))
+        assert set(names) <= set(client.page()["files"])
+        assert set(names) <= set(client.get("/simple/acme/").links())
+
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        function = getattr(pypi_ae, name)
+
+        def counted(argument: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return function(argument)
+
+        monkeypatch.setattr(pypi_ae, name, counted)
+
+    pages_with([f"acme-{number}.0.tar.gz" for number in range(50)])
+    for name in ("_link", "_file_json", "version_key"):
+        count(name)
+    pages_with(["acme-99.0.tar.gz"])
+    assert counts == {"_link": 1, "_file_json": 1, "version_key": 1}
+
+
 @pytest.mark.parametrize(("header", "expected"), [
     ("gzip", True), ("gzip, deflate, zstd", True), ("deflate, GZIP;q=0.5", True),
     ("*", True), ("", False), ("identity", False), ("gzip;q=0", False),
@@ -1609,7 +1765,7 @@ def test_gzip_is_for_those_who_ask(
     stocked: Client, header: str, expected: bool
 ) -> None:
     """RFC 9110, 12.5.3."""
-    assert takes_gzip(header) is expected
+    assert pypi_ae.takes_gzip(header) is expected
     for url in ("/simple/", "/simple/acme/"):
         plain = stocked.get(url, accept=JSON)
         answer = stocked.get(url, accept=JSON, accept_encoding=header)
@@ -1633,31 +1789,29 @@ def test_unknown_project_is_404_or_falls_back(root: Path) -> None:
     assert client.get("/packages/nobody/nobody-1.0.tar.gz").status == 404
 
 
-# ---- 11. Downloads -------------------------------------------------------------------
+# ---- 12. Downloads -------------------------------------------------------------------
 
-
-@pytest.fixture
-def letters(client: Client, root: Path) -> Client:
-    """A server of one wheel that holds the 26 letters."""
-    (root / WHEEL).write_bytes(b"abcdefghijklmnopqrstuvwxyz")
-    return client
-
-
-FILE = f"/packages/acme/{WHEEL}"
 ALL = "abcdefghijklmnopqrstuvwxyz"
 
 
-@pytest.mark.parametrize("wrapper", [None, FileWrapper])
+@pytest.fixture
+def letters(client: Client) -> Client:
+    """A server of one wheel that holds the 26 letters."""
+    client.drop(WHEEL, ALL.encode())
+    return client
+
+
+@pytest.mark.parametrize("hostile", [{}, {"wsgi.file_wrapper": FileWrapper}])
 @pytest.mark.parametrize(("header", "expected"), [
     ("bytes=0-0", "a"), ("bytes=25-25", "z"), ("bytes=0-", ALL), ("bytes=3-6", "defg"),
     ("bytes=20-", "uvwxyz"), ("bytes=20-999999", "uvwxyz"), ("bytes=-1", "z"),
     ("bytes=-3", "xyz"), ("bytes=-26", ALL), ("bytes=-10000", ALL),  # poetry's
 ])  # fmt: skip
 def test_range_is_answered(
-    letters: Client, header: str, expected: str, wrapper: Any
+    letters: Client, header: str, expected: str, hostile: Any
 ) -> None:
     """RFC 9110, 14."""
-    answer = letters.get(FILE, range=header, wrapper=wrapper)
+    answer = letters.send("GET", FILE, b"", hostile, range=header)
     assert (answer.status, answer.text) == (206, expected)
     start = ALL.index(expected)
     span = f"bytes {start}-{start + len(expected) - 1}/26"
@@ -1732,7 +1886,7 @@ def test_download_that_the_client_has_is_304(letters: Client) -> None:
 
 
 def test_file_wrapper_of_the_server_is_used(
-    letters: Client, monkeypatch: pytest.MonkeyPatch
+    letters: Client, monkeypatch: Patch
 ) -> None:
     """PEP 3333: a server may have sendfile; it sends to the end of the file."""
     used: list[int] = []
@@ -1741,12 +1895,13 @@ def test_file_wrapper_of_the_server_is_used(
         used.append(file.tell())
         return FileWrapper(file, size)
 
-    assert len(letters.get(FILE, wrapper=wrapper).body) == 26
+    hostile = {"wsgi.file_wrapper": wrapper}
+    assert letters.get(FILE, hostile=hostile).text == ALL
     assert used == []  # so few bytes are read at once
     monkeypatch.setattr(pypi_ae, "SMALL", 10)
-    assert len(letters.get(FILE, wrapper=wrapper).body) == 26
+    assert letters.get(FILE, hostile=hostile).text == ALL
     assert used == [0]
-    assert letters.get(FILE, wrapper=wrapper, range="bytes=1-3").text == "bcd"
+    assert letters.get(FILE, hostile=hostile, range="bytes=1-3").text == "bcd"
 
 
 @pytest.mark.parametrize("plus", ["+", "%2B", "%2b"])
@@ -1779,43 +1934,7 @@ def test_core_metadata_is_what_the_page_promises(stocked: Client) -> None:
     assert stocked.get(f"/packages/acme/{SDIST}.metadata").status == 404
 
 
-def test_core_metadata_is_read_once_for_as_long_as_its_file_stays(
-    stocked: Client,
-) -> None:
-    path, url = stocked.root / "acme" / WHEEL, f"/packages/acme/{WHEEL}.metadata"
-    old, before = stocked.get(url).body, path.stat()
-    with path.open("r+b") as file:
-        file.write(bytes(before.st_size))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert stocked.get(url).body == old
-    path.write_bytes(make_wheel(requires_python=">=3.9"))
-    assert stocked.get(url).body == make_metadata(requires_python=">=3.9")
-
-
-def test_signature_is_served_beside_its_file(client: Client) -> None:
-    signature = "-----BEGIN PGP SIGNATURE-----\nComment: Zoë\n".encode()
-    form = upload_form(WHEEL, make_wheel())
-    form.insert(2, ("gpg_signature", f"{WHEEL}.asc", signature))
-    assert client.post(form).status == 200
-    answer = client.get(f"/packages/acme/{WHEEL}.asc")
-    assert answer.body == signature
-    assert client.page()["files"][WHEEL]["gpg-sig"] is True
-    assert client.upload(SDIST, make_sdist()).status == 200
-    assert client.get(f"/packages/acme/{SDIST}.asc").status == 404
-    assert f"{WHEEL}.asc" not in client.page()["files"]
-
-
-def test_signature_of_a_loose_file_has_no_place(client: Client) -> None:
-    (client.root / WHEEL).write_bytes(make_wheel())
-    form = upload_form(WHEEL, make_wheel(), gpg_signature="-----BEGIN")
-    before = snapshot(client.root)
-    assert client.post(form).status == 200
-    assert client.page()["files"][WHEEL].get("gpg-sig") is None
-    after = snapshot(client.root)
-    assert {name for name in after if "facts" not in name} == set(before)
-
-
-# ---- 12. Uploads ---------------------------------------------------------------------
+# ---- 13. Uploads ---------------------------------------------------------------------
 
 FORM = [
     field(":action", "file_upload"),
@@ -1824,23 +1943,23 @@ FORM = [
     ("content", "acme 1!2+l.whl", b"--b0\r\n--b\n--b0\r\n--\r\n" + bytes(range(256))),
     field("attestations", "[]"),
 ]
-Seen = list[tuple[PartBegins, bytes]]
+Seen = list[tuple[pypi_ae.PartBegins, bytes]]
 
 
 def read_parts(chunks: Iterable[bytes], boundary: bytes = b"b0") -> Seen:
     """The parts that a parser sees, with the data of each joined."""
-    parser, seen = MultipartParser(boundary), []
+    parser, seen = pypi_ae.MultipartParser(boundary), []
     for event in itertools.chain.from_iterable(map(parser.feed, chunks)):
-        if isinstance(event, PartBegins):
+        if isinstance(event, pypi_ae.PartBegins):
             seen.append((event, b""))
             inside = True
-        elif isinstance(event, PartData):
+        elif isinstance(event, pypi_ae.PartData):
             assert inside
             assert event.data
             seen[-1] = (seen[-1][0], seen[-1][1] + event.data)
         else:
             assert inside
-            assert event == PartEnds()
+            assert event == pypi_ae.PartEnds()
             inside = False
     parser.close()
     assert not inside
@@ -1858,7 +1977,7 @@ def cut(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
 
 def test_parser_sees_the_same_however_the_bytes_arrive() -> None:
     """RFC 2046 and 7578: whole, byte by byte, in random pieces, with preamble."""
-    expected = [(PartBegins(name, file), data) for name, file, data in FORM]
+    expected = [(pypi_ae.PartBegins(name, file), data) for name, file, data in FORM]
     body, dice = encode(FORM), random.Random(2046)
     assert read_parts([body]) == expected
     assert read_parts(cut(body, itertools.repeat(1))) == expected
@@ -1884,7 +2003,7 @@ def test_spellings_of_a_disposition(
 ) -> None:
     head = f"content-DISPOSITION:{disposition}\r\nX-Other: y; name=z\r\n\r\n"
     body = b"--b0\r\n" + head.encode() + b"1\r\n--b0--"
-    assert read_parts([body]) == [(PartBegins(name, filename), b"1")]
+    assert read_parts([body]) == [(pypi_ae.PartBegins(name, filename), b"1")]
 
 
 @pytest.mark.parametrize("url", ["/", "/legacy/", "/simple/", "/pypi/"])
@@ -1955,8 +2074,8 @@ class SlowHash:
         return self.hash.hexdigest()
 
 
-def test_digest_of_a_large_file_is_that_of_all_its_pieces_in_their_order(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+def test_digest_of_a_large_file_is_that_of_all_its_pieces(
+    client: Client, monkeypatch: Patch
 ) -> None:
     """They are hashed in a thread beside: none may be lost, or overtake another."""
     monkeypatch.setitem(pypi_ae.DIGESTS, "sha256_digest", SlowHash)
@@ -1964,11 +2083,11 @@ def test_digest_of_a_large_file_is_that_of_all_its_pieces_in_their_order(
     answer = client.upload(WHEEL, content, sha256_digest="0" * 64)
     assert (answer.status, sha256(content) in answer.text) == (400, True)
     assert client.upload(WHEEL, content).status == 200
-    assert client.page()["files"][WHEEL]["hashes"] == {"sha256": sha256(content)}
+    assert client.sha256() == sha256(content)
 
 
 def test_upload_that_no_thread_can_hash_leaves_nothing(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client, monkeypatch: Patch
 ) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -1976,20 +2095,20 @@ def test_upload_that_no_thread_can_hash_leaves_nothing(
     monkeypatch.setattr(threading.Thread, "start", start)
     content = make_wheel(code=random.Random(7).randbytes(3_000_000))
     assert client.upload(WHEEL, content).status == 500
-    assert list((client.root / ".pypi_ae" / "staging").iterdir()) == []
+    assert client.staged == []
 
 
-def test_upload_without_digests_and_with_few_fields_is_taken(client: Client) -> None:
-    form = [field(":action", "file_upload"), ("content", WHEEL, make_wheel())]
+@pytest.mark.parametrize("form", [
+    pytest.param([ACTION, ("content", WHEEL, CONTENT)], id="no digests, few fields"),
+    pytest.param([field("gpg_signature", b"\xff\0"), *upload_form(WHEEL, CONTENT),
+                  ("gpg_signature", f"{WHEEL}.asc", b"again")], id="two signatures"),
+])  # fmt: skip
+def test_upload_takes_the_forms_of_old_clients(
+    client: Client, form: list[Part]
+) -> None:
+    """A signature is dropped, as PyPI does since 2023."""
     assert client.post(form).status == 200
-    assert client.page()["files"][WHEEL]["size"] == len(make_wheel())
-
-
-def test_signature_is_accepted_and_dropped(client: Client) -> None:
-    """As on PyPI since 2023. Old clients still send one."""
-    form = upload_form(WHEEL, make_wheel(), gpg_signature=b"\xff\0")
-    form.insert(2, ("gpg_signature", f"{WHEEL}.asc", b"again"))
-    assert client.post(form).status == 200
+    assert client.sha256() == sha256(CONTENT)
     assert set(client.page()["files"]) == {WHEEL}
     assert not list(client.root.rglob("*.asc"))
 
@@ -2003,26 +2122,24 @@ def test_upload_of_an_existing_file_is_refused(
     client: Client, folder: str, agent: str, status: int
 ) -> None:
     """twine knows a duplicate by 400 and these words, poetry and pdm by 409."""
-    (client.root / folder).mkdir(exist_ok=True)
-    (client.root / folder / WHEEL).write_bytes(make_wheel())
-    before, time_ = client.page(), (client.root / folder / WHEEL).stat().st_mtime_ns
-    assert client.upload(WHEEL, make_wheel()).status == 200  # the same: nothing changes
-    assert (client.root / folder / WHEEL).stat().st_mtime_ns == time_
+    path = client.drop(Path(folder, WHEEL), CONTENT)
+    before, time_ = client.page(), path.stat().st_mtime_ns
+    assert client.upload(WHEEL, CONTENT).status == 200  # the same: nothing changes
+    assert path.stat().st_mtime_ns == time_
     form = upload_form(WHEEL, make_wheel(code=b"other"))
     answer = client.post(form, user_agent=agent)
     assert (answer.status, "File already exists" in answer.reason) == (status, True)
     assert "File already exists" in answer.text
     assert client.page() == before
-    assert client.get(FILE).body == make_wheel()
-    assert list((client.root / ".pypi_ae" / "staging").iterdir()) == []
+    assert client.get(FILE).body == CONTENT
+    assert client.staged == []
 
 
 @pytest.mark.parametrize("folder", ["acme", "", "ACME"])
 def test_overwrite_replaces_the_bytes(root: Path, folder: str) -> None:
     client = Client(make_app(root, overwrite=True))
-    (root / folder).mkdir(exist_ok=True)
-    (root / folder / WHEEL).write_bytes(make_wheel())
-    assert client.page()["files"][WHEEL]["size"] == len(make_wheel())
+    client.drop(Path(folder, WHEEL), CONTENT)
+    assert client.page()["files"][WHEEL]["size"] == len(CONTENT)
     other = make_wheel(code=b"other", requires_python=">=3.9")
     assert client.upload(WHEEL, other).status == 200
     entry = client.page()["files"][WHEEL]
@@ -2048,47 +2165,21 @@ def test_old_actions_are_accepted_and_do_nothing(client: Client, action: str) ->
     assert snapshot(client.root) == {}
 
 
-def test_remove_pkg_removes_one_version_however_it_is_spelled(root: Path) -> None:
-    client = Client(make_app(root))
+def test_remove_pkg_removes_one_version_however_it_is_spelled(client: Client) -> None:
     for version in ("1.0", "1.0.1"):
         name = f"Acme.Tools-{version}-py3-none-any.whl"
         content = make_wheel("Acme.Tools", version)
         assert client.upload(name, content).status == 200
-    (root / "acme_tools-1.0.0.tar.gz").write_bytes(b"loose")
-    (root / "acme_tools-1.0.0.tar.gz.yanked").write_bytes(b"no")
-    form = [field(":action", "remove_pkg"), field("name", "ACME_tools")]
-    assert client.post([*form, field("version", "v1.0.0")]).status == 200
+    client.drop("acme_tools-1.0.0.tar.gz", b"loose")
+    client.drop("acme_tools-1.0.0.tar.gz.yanked", b"no")
+    assert client.remove("v1.0.0", "ACME_tools").status == 200
     assert set(client.page("acme-tools")["files"]) == {name}
-    left = {path for path in snapshot(root) if not path.startswith(".")}
+    left = {path for path in snapshot(client.root) if not path.startswith(".")}
     assert left == {f"acme-tools/{name}"}
-    assert client.post([*form, field("version", "1.0")]).status == 404
-    assert client.post([*form, field("version", "1.0.1")]).status == 200
+    assert client.remove("1.0", "ACME_tools").status == 404
+    assert client.remove("1.0.1", "ACME_tools").status == 200
     assert client.get("/simple/acme-tools/").status == 404
     assert client.get("/simple/").links() == {}
-
-
-class Body:
-    """A request's body that is made while it is read, and does things on the way."""
-
-    def __init__(self, data: bytes, at: int, do: Callable[[], Any]) -> None:
-        self._data, self._file, self._at, self._do = data, io.BytesIO(data), at, do
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def read(self, size: int) -> bytes:
-        left = self._at - self._file.tell()
-        if left == 0:
-            self._do()
-        return self._file.read(min(size, left) if left > 0 else size)
-
-    def readline(self, size: int = -1) -> bytes:
-        raise AssertionError
-
-    readlines = __iter__ = readline  # the validator wants to see them
-
-
-MULTIPART = {"content_type": "multipart/form-data; boundary=b0"}
 
 
 @pytest.mark.parametrize("url", ["/", "/RPC2"])
@@ -2117,10 +2208,10 @@ def test_of_many_uploads_of_one_name_one_wins(client: Client, same: bool) -> Non
     with ThreadPoolExecutor(8) as pool:
         statuses = list(pool.map(send, wheels))
     assert sorted(statuses) == ([200] * 8 if same else [200] + [409] * 7)
-    assert client.get(FILE).body == wheels[statuses.index(200)]
-    entry = client.page()["files"][WHEEL]
-    assert entry["hashes"] == {"sha256": sha256(wheels[statuses.index(200)])}
-    assert list((client.root / ".pypi_ae" / "staging").iterdir()) == []
+    winner = wheels[statuses.index(200)]
+    assert client.get(FILE).body == winner
+    assert client.sha256() == sha256(winner)
+    assert client.staged == []
 
 
 STEPS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
@@ -2158,21 +2249,18 @@ def test_crash_at_any_step_leaves_the_old_or_the_new(
     body = encode(upload_form(WHEEL, new))
     seen = set()
     for steps in range(100):
-        root = tmp_path / str(steps)
-        root.mkdir()
+        client = Client(make_app(tmp_path / str(steps), overwrite=overwrite))
         if folder is not None:
-            (root / folder).mkdir(exist_ok=True)
-            (root / folder / WHEEL).write_bytes(old)
-        died = upload_and_die(root, body, steps, overwrite=overwrite)
-        client = Client(make_app(root, overwrite=overwrite))
+            client.drop(Path(folder, WHEEL), old)
+        died = upload_and_die(client.root, body, steps, overwrite=overwrite)
         files = client.page()["files"]
         got = client.get(FILE).body if files else b""
         assert set(files) <= {WHEEL}
         assert got in ((old, new) if overwrite else (b"", new))
-        assert not got or files[WHEEL]["hashes"] == {"sha256": sha256(got)}
+        assert not got or client.sha256() == sha256(got)
         assert client.send("POST", "/", body, **MULTIPART).status == 200
         assert client.get(FILE).body == new
-        assert client.page()["files"][WHEEL]["hashes"] == {"sha256": sha256(new)}
+        assert client.sha256() == sha256(new)
         seen.add(got)
         if not died:
             break
@@ -2182,13 +2270,13 @@ def test_crash_at_any_step_leaves_the_old_or_the_new(
 
 
 def test_abandoned_uploads_are_swept_out(client: Client) -> None:
-    staging = client.root / ".pypi_ae" / "staging"
+    staging = client.app.index.store.staging
     staging.mkdir(parents=True)
     for name, age in (("old", 100_000), ("young", 5)):
         (staging / name).write_bytes(b"half")
         os.utime(staging / name, (time.time() - age,) * 2)
     assert client.upload(WHEEL, make_wheel()).status == 200
-    assert [path.name for path in staging.iterdir()] == ["young"]
+    assert client.staged == ["young"]
 
 
 def test_large_upload_takes_little_memory(client: Client) -> None:
@@ -2273,13 +2361,7 @@ def bad_search(label: str, status: int, body: bytes, **hostile: Any) -> Bad:
     return Bad(f"search {label}", status, "POST", "/RPC2", body, {}, hostile)
 
 
-def call(*arguments: Any, method: str = "search") -> bytes:
-    return xmlrpc.client.dumps(arguments, method).encode()
-
-
 GOOD = encode(upload_form(WHEEL2, W2))
-ACTION, REMOVE = field(":action", "file_upload"), field(":action", "remove_pkg")
-NAME, VERSION = field("name", "acme"), field("version", "2.0")
 HEAD = b'Content-Disposition: form-data; name="a"'
 URLENCODED = "application/x-www-form-urlencoded"
 DTD = '<?xml version="1.0"{}?><!DOCTYPE x [<!ENTITY a "search">]>' + (
@@ -2403,7 +2485,7 @@ BAD = [
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("bad", BAD, ids=[ascii(bad.label) for bad in BAD])
 def test_bad_request_gets_a_sentence_and_changes_nothing(
-    stocked: Client, caplog: pytest.LogCaptureFixture, bad: Bad
+    stocked: Client, caplog: Log, bad: Bad
 ) -> None:
     before = snapshot(stocked.root)
     answer = bad.send(stocked)
@@ -2450,7 +2532,7 @@ def test_spoiled_requests_never_end_in_a_500(stocked: Client, seed: int) -> None
     assert snapshot(stocked.root).keys() == before.keys()
 
 
-# ---- 13. Other answers ---------------------------------------------------------------
+# ---- 14. Other answers ---------------------------------------------------------------
 
 
 def test_json_api_tells_versions_files_and_digests(client: Client) -> None:
@@ -2485,41 +2567,32 @@ def latest_version(client: Client) -> Any:
 
 
 def test_latest_version_is_final_and_not_yanked(client: Client) -> None:
-    names = ["1.0", "1.1", "2.0b1", "2.0.dev1"]
-    for version in names:
-        (client.root / f"acme-{version}.tar.gz").write_bytes(b"x")
+    for version in ("1.0", "1.1", "2.0b1", "2.0.dev1"):
+        client.drop(f"acme-{version}.tar.gz")
     assert latest_version(client) == "1.1"
-    (client.root / "acme-1.1.tar.gz.yanked").write_text("")
+    client.drop("acme-1.1.tar.gz.yanked")
     assert latest_version(client) == "1.0"
     for version in ("1.0", "1.1"):
         (client.root / f"acme-{version}.tar.gz").unlink()
     assert latest_version(client) == "2.0b1"
 
 
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ({"name": ["Tool"], "summary": ["Tool"]}, {"acme-tools"}),  # as pip sends it
-        ({"name": "acme"}, {"acme", "acme-tools"}),
-        ({"name": ["e_T", "bob"]}, {"acme-tools", "bob"}),
-        ({"name": ["nothing"]}, set()),
-        ({"name": [""]}, set()),
-        ({}, set()),
-    ],
-)
+@pytest.mark.parametrize(("words", "names"), [
+    ({"name": ["Tool"], "summary": ["Tool"]}, {"acme-tools"}),  # as pip sends it
+    ({"name": "acme"}, {"acme", "acme-tools"}), ({"name": [""]}, set()), ({}, set()),
+    ({"name": ["e_T", "bob"]}, {"acme-tools", "bob"}), ({"name": ["nothing"]}, set()),
+])  # fmt: skip
 def test_search_finds_parts_of_names(
-    client: Client, words: dict[str, Any], found: set[str]
+    client: Client, words: dict[str, Any], names: set[str]
 ) -> None:
     for name in ("Acme", "acme.tools", "bob"):
-        (client.root / f"{name}-1.0.tar.gz").write_bytes(b"x")
-        (client.root / f"{name}-2.0.tar.gz").write_bytes(b"x")
-    call = xmlrpc.client.dumps((words, "or"), "search").encode()
+        client.drop(f"{name}-1.0.tar.gz")
+        client.drop(f"{name}-2.0.tar.gz")
     for url in ("/RPC2", "/RPC2/"):
-        answer = client.send("POST", url, call, content_type="text/xml")
+        answer = client.send("POST", url, call(words, "or"), content_type="text/xml")
         assert answer.headers["content-type"].startswith("text/xml")
-        ((hits,), _) = xmlrpc.client.loads(answer.text)
-        assert isinstance(hits, list)
-        assert {hit["name"] for hit in hits} == found
+        hits: Any = xmlrpc.client.loads(answer.text)[0][0]
+        assert {hit["name"] for hit in hits} == names
         assert all(hit["version"] == "2.0" for hit in hits)
 
 
@@ -2538,25 +2611,19 @@ def test_start_page_has_the_commands_to_copy(client: Client) -> None:
     assert f"twine upload --repository-url {url} " in answer.text
 
 
-def test_welcome_file_takes_the_place_of_the_start_page(
-    stocked: Client, tmp_path: Path
-) -> None:
+def test_welcome_file_takes_the_place_of_the_start_page(stocked: Client) -> None:
     """pypiserver's words; not its template language."""
-    file = tmp_path / "welcome.html"
     words = "{{URL}}|{{VERSION}}|{{NUMPKGS}}|{{PACKAGES}}|{{SIMPLE}}|{{OTHER}}"
-    file.write_text(f"<p>Zoë {words}\n% import os\n", "utf-8")
+    file = stocked.drop("welcome.html", f"<p>Zoë {words}\n% import os\n".encode())
     client = Client(make_app(stocked.root, welcome_file=file), mount="/index")
     text = client.get("/index/", host='x"<b>').text
-    base = "http://x&quot;&lt;b&gt;/index/"
-    version = pypi_ae.__version__
-    assert text.startswith(
-        f"<p>Zoë {base}|{version}|1|{base}packages/|{base}simple/|{{{{OTHER}}}}"
-    )
-    assert "% import os" in text
+    base, version = "http://x&quot;&lt;b&gt;/index/", pypi_ae.__version__
+    values = f"{base}|{version}|1|{base}packages/|{base}simple/|{{{{OTHER}}}}"
+    assert text == f"<p>Zoë {values}\n% import os\n"
 
 
 def test_list_of_all_files_leads_to_each(stocked: Client) -> None:
-    (stocked.root / "loose-1!2+l.tar.gz").write_bytes(b"x")
+    stocked.drop("loose-1!2+l.tar.gz")
     answer = stocked.get("/packages/")
     assert answer.headers["content-type"].startswith("text/html")
     assert set(answer.links()) == {WHEEL, SDIST, "loose-1!2+l.tar.gz"}
@@ -2564,7 +2631,24 @@ def test_list_of_all_files_leads_to_each(stocked: Client) -> None:
         assert stocked.get(urljoin("/packages/", link["href"])).status == 200
 
 
-# ---- 14. Routes and the app ----------------------------------------------------------
+# ---- 15. Routes and the app ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["page", "upload", "download"])
+def test_docstring_draws_each_way(played: Cloud, way: str) -> None:
+    """The names of a line are called in its order, without a leading underscore."""
+    line = re.search(rf"^    {way} +(respond .+)$", pypi_ae.__doc__ or "", re.M)
+    assert line
+    assert played.instance("one").upload(WHEEL, make_wheel()).status == 200
+    client = played.instance("two")
+    assert client.get("/simple/").status == 200  # its start is over
+    calls = first_calls({
+        "page": lambda: client.get("/simple/acme/"),
+        "upload": lambda: client.upload(WHEEL2, W2),
+        "download": lambda: client.get(FILE),
+    }[way])  # fmt: skip
+    names = line[1].split()
+    assert [name for name in calls if name in names] == names
 
 
 def test_every_route_of_the_table_answers_and_its_head_is_the_same(
@@ -2629,8 +2713,7 @@ def test_after_hook_sees_changes_and_may_replace_the_answer(root: Path) -> None:
     assert client.upload(WHEEL, make_wheel()).status == 200
     assert client.upload(WHEEL, make_wheel()).status == 200  # no change
     assert client.get("/simple/acme/").status == 200
-    form = [REMOVE, field("name", "acme"), field("version", "1.0")]
-    assert client.post(form).status == 200
+    assert client.remove("1.0").status == 200
     ((user, added), (_, removed)) = changes
     assert (user, added.filename, added.project) == ("ada", WHEEL, "acme")
     assert added.version == "1.0"
@@ -2640,7 +2723,7 @@ def test_after_hook_sees_changes_and_may_replace_the_answer(root: Path) -> None:
 
 
 def test_fault_is_a_500_whose_reason_is_in_the_log_only(
-    client: Client, caplog: pytest.LogCaptureFixture
+    client: Client, caplog: Log
 ) -> None:
     def fail(request: Request) -> None:
         raise RuntimeError("inner secret")
@@ -2653,6 +2736,35 @@ def test_fault_is_a_500_whose_reason_is_in_the_log_only(
     assert "Traceback" in caplog.text
 
 
+@pytest.mark.parametrize(("module", "name", "ask"), [
+    (os, "scandir", lambda client: client.get("/simple/")),
+    (os, "listdir", lambda client: client.get("/simple/acme/")),
+    (pypi_ae, "open", lambda client: client.get(FILE)),
+    (pypi_ae, "open", lambda client: client.get(f"{FILE}.metadata")),
+    (os, "link", lambda client: client.upload(WHEEL2, W2)),
+    (os, "unlink", lambda client: client.remove("1.0")),
+], ids=["root", "page", "download", "metadata", "upload", "removal"])  # fmt: skip
+def test_store_that_fails_is_a_503(
+    stocked: Client, monkeypatch: Patch, caplog: Log, module: Any, name: str, ask: Any
+) -> None:
+    """The log has the reason in one line, and the next try may work."""
+    stocked.page()
+    for folder in (stocked.root / "acme", stocked.root):
+        os.utime(folder, (1e9, 1e9))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "The disk is broken")
+
+    with monkeypatch.context() as context:
+        context.setattr(module, name, fail, raising=False)
+        answer = ask(stocked)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+    assert "The disk is broken" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert stocked.staged == []
+    assert ask(stocked).status == 200
+
+
 def test_two_apps_with_different_settings_live_in_one_process(tmp_path: Path) -> None:
     one = Client(make_app(tmp_path / "one", overwrite=True))
     two = Client(get_app(root=tmp_path / "two", users=SHA, fallback_url="http://up/"))
@@ -2662,30 +2774,15 @@ def test_two_apps_with_different_settings_live_in_one_process(tmp_path: Path) ->
     assert two.upload(WHEEL, make_wheel()).status == 401
     assert two.get("/simple/acme/").status == 302
     one.app.before.append(lambda request: time.sleep(0))
-    assert two.app.before == []
+    assert len(two.app.before) == 1
     assert one.get(FILE).body == other
 
 
-def test_two_apps_over_one_directory_see_each_others_changes(root: Path) -> None:
-    """As two workers, or two servers, do."""
-    one, two = Client(make_app(root)), Client(make_app(root))
-    for number in range(10):
-        name = f"acme-{number}.0.tar.gz"
-        content = make_sdist(version=f"{number}.0")
-        assert one.upload(name, content).status == 200
-        assert two.get(f"/packages/acme/{name}").body == content
-        assert name in two.page()["files"]
-        form = [REMOVE, field("name", "acme"), field("version", f"{number}")]
-        assert two.post(form).status == 200
-        assert one.get(f"/packages/acme/{name}").status == 404
-        assert one.page()["files"] == {}
-
-
-# ---- 15. Command line ----------------------------------------------------------------
+# ---- 16. Command line ----------------------------------------------------------------
 
 
 def test_passwd_adds_and_changes_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Output
 ) -> None:
     file = tmp_path / "users"
     for user, password in (("ada", "one"), ("zoë", "päss:wörd "), ("ada", "two")):
@@ -2702,7 +2799,7 @@ def test_passwd_adds_and_changes_users(
 
 
 def test_passwd_keeps_other_lines_and_the_mode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     file = tmp_path / "users"
     file.write_text("# ours\n\nbob:$apr1$x$y\nada:old")
@@ -2721,8 +2818,8 @@ def test_passwd_keeps_other_lines_and_the_mode(
 ])  # fmt: skip
 def test_passwd_refuses_what_could_never_log_in(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Patch,
+    capsys: Output,
     user: str,
     typed: str,
 ) -> None:
@@ -2741,7 +2838,7 @@ def test_passwd_refuses_what_could_never_log_in(
 ])  # fmt: skip
 @pytest.mark.usefixtures("patience")
 def test_start_that_cannot_work_ends_with_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
+    monkeypatch: Patch, capsys: Output, line: str
 ) -> None:
     Path("file").write_text("")
     monkeypatch.setattr("sys.stdin", io.StringIO("secret\n"))
@@ -2769,7 +2866,6 @@ runpy.run_path(sys.argv[1], run_name=sys.argv[2])
 def test_older_python_is_told_which_one_is_needed() -> None:
     """Under Python 3.10, where one is installed, and as if under it."""
     import ast
-    import shutil
 
     ast.parse(MODULE.read_text("utf-8"), feature_version=(3, 10))
     says = "pypi_ae needs Python 3.11 or later; this is 3.10."
