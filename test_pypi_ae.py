@@ -423,6 +423,19 @@ class Body:
     readlines = __iter__ = readline  # the validator wants to see them
 
 
+def watch(
+    monkeypatch: Patch, module: Any, name: str, note: Callable[[Any], object]
+) -> None:
+    """From now on, call `note` with the first argument of each call of a function."""
+    real = getattr(module, name)
+
+    def watched(first: Any, *others: Any) -> Any:
+        note(first)
+        return real(first, *others)
+
+    monkeypatch.setattr(module, name, watched)
+
+
 def first_calls(act: Callable[[], object]) -> list[str]:
     """The functions of both modules that `act` calls, by the order of first calls."""
     names: dict[str, None] = {}
@@ -710,7 +723,8 @@ def test_links_survive_a_prefix(root: Path, mount: str, proxy: str) -> None:
         assert client.get(url.removeprefix(host)).body == content
     url, start = client.follow(prefix if mount else f"{prefix}/")
     assert url == f"{prefix}/"
-    assert f"{host}{prefix}/simple/" in start.text
+    assert f"pip install --index-url {host}{prefix}/simple/ " in start.text
+    assert f"twine upload --repository-url {host}{prefix}/ " in start.text
     for link in start.links().values():
         assert client.get(urljoin(url, link["href"])).status == 200
 
@@ -760,16 +774,11 @@ ODD  $apr1$abc$yfDxtbrEQi1SzMFjSevvf1
 LONG $apr1$abcdefgh$9/cwT0JwksL/fA2yBHBE6/
 A    $apr1$RefAZFGO$plN5ZXI60KJCKk5oijFvD.
 PASS $1$saltSALT$DIa8LGw8195XH63V1AOsw0
-ODD  $1$abc$.m/6Cc6BcIusg9Ik/WB2I1
-LONG $1$abcdefgh$ax3Kvr/hbxTbyc0QiTLcg/
 PASS $5$saltSALT$u/314SzN8SelHcI00mt9a.VUnATbeYrD2hZoXJcQsT9
 ODD  $5$abc$BIl2Tdqwhpy3WAq2xZp/MmdNzoklskXZTJsbBzKoK23
-LONG $5$abcdefgh$.wvAZFRM3qcOyii0UxLpCnmG9xkhWx4Yxd4UqvBYIa7
 PASS $5$rounds=1234$saltstring$B5RRpbORSPLJYu87usLDNA3.a01jzAc5tJhBUAkNwMB
 PASS $6$saltSALT$puu3cAcr8WBtHvnLzriWrKS5Kj6BMVTkxdzqPYNvwsqqyKCnLFtyOBoyRC/D4SsSx2oC\
 U0iGcXxkbMN/2POm6.
-ODD  $6$abc$H/u5ZvPrYKHf3Auf9L3W3Olaya8lgU7XxerXEWBaKRV3d1eM.60wbLAjtzbhVvYOEG4uM8ga1J\
-Z2ztcnMovqZ0
 LONG $6$abcdefgh$TtI8Nf3XUr2hnuBuhqT5oHncObLx.L79LpqMrqeqTFOCP6JmkErg7tHQlmKe6Gt18.7w1\
 1o0VZEekyNxE9KjC1
 PASS $6$rounds=1234$saltstring$cf3PFYqQQYeZ5p0iz3gNot8RbtdumcGnAYvLHQa8.8nYbslUR5dVy4s\
@@ -1223,15 +1232,14 @@ def test_those_who_wait_for_a_look_share_it(
 ) -> None:
     make_old(stocked.root)
     stocked.page()
-    looks, real_listdir = [], os.listdir
+    looks: list[str] = []
 
-    def listdir(path: str) -> list[str]:
-        looks.append(path)
+    def look(folder: str) -> None:
+        looks.append(folder)
         time.sleep(0.1)
-        return real_listdir(path)
 
+    watch(monkeypatch, os, "listdir", look)
     clock[0] += 1.1
-    monkeypatch.setattr(os, "listdir", listdir)
     with ThreadPoolExecutor(8) as pool:
         pages = list(pool.map(lambda _: stocked.page(), range(8)))
     assert all(page["files"] for page in pages)
@@ -1241,9 +1249,7 @@ def test_those_who_wait_for_a_look_share_it(
 @pytest.mark.parametrize("folder", ["acme", ""])
 @pytest.mark.parametrize("suffix", ["", ".metadata"])
 @pytest.mark.usefixtures("clock")
-def test_download_is_right_after_a_rewrite(
-    client: Client, folder: str, suffix: str
-) -> None:
+def test_rewrite_is_served_at_once(client: Client, folder: str, suffix: str) -> None:
     """No look of before says that the file is there no more; that costs no 503."""
     client.drop(Path(folder, WHEEL), CONTENT)
     make_old(client.root)
@@ -1256,15 +1262,6 @@ def test_download_is_right_after_a_rewrite(
     assert (answer.status, answer.body) == (200, expected)
     assert answer.headers["etag"] == f'"{sha256(expected)}"'
     assert client.sha256() == sha256(wheel)
-
-
-def test_core_metadata_is_read_once(stocked: Client) -> None:
-    path, url = stocked.root / "acme" / WHEEL, f"{FILE}.metadata"
-    old, before = stocked.get(url).body, path.stat()
-    with path.open("r+b") as file:
-        file.write(bytes(before.st_size))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert stocked.get(url).body == old
 
 
 def test_two_apps_over_one_directory_see_each_others_changes(root: Path) -> None:
@@ -1356,17 +1353,15 @@ def test_rewritten_file_is_seen_when_its_look_is_over(
 ) -> None:
     """After a second, or after ten times what a slow look took; 30 s at most."""
     slow, trusted, over = times
-    real_listdir = os.listdir
 
-    def listdir(path: str) -> list[str]:
+    def pass_time(_: object) -> None:
         clock[0] += slow
-        return real_listdir(path)
 
     def drop(content: bytes) -> None:
         client.drop(f"acme/{SDIST}", content)
         make_old(client.root)
 
-    monkeypatch.setattr(os, "listdir", listdir)
+    watch(monkeypatch, os, "listdir", pass_time)
     drop(b"old")
     assert client.page()["files"][SDIST]["size"] == 3
     drop(b"newer")
@@ -1392,22 +1387,15 @@ def test_unreadable_file_is_tried_again(
 
 
 @pytest.mark.usefixtures("clock")
-def test_new_project_needs_no_scan_of_the_root(
-    stocked: Client, monkeypatch: Patch
-) -> None:
+def test_new_project_needs_no_root_scan(stocked: Client, monkeypatch: Patch) -> None:
     """It takes long if there are thousands of projects."""
     names = [f"p{number}" for number in range(50)]
     for name in names:
         stocked.drop(f"{name}/{name}-1.0.tar.gz")
     make_old(stocked.root)
-    scans, real_scandir = [], os.scandir
     assert stocked.page("p1")["files"]
-
-    def scandir(path: Any) -> Any:
-        scans.append(str(path))
-        return real_scandir(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
+    scans: list[str] = []
+    watch(monkeypatch, os, "scandir", lambda path: scans.append(str(path)))
     for name in ("new", "newer"):
         assert stocked.upload(f"{name}-1.0.tar.gz", make_sdist(name)).status == 200
         names.append(name)
@@ -1675,15 +1663,6 @@ def test_each_representation_has_its_own_etag_and_304(stocked: Client) -> None:
     assert len(tags) == 12
 
 
-def test_new_upload_changes_the_etag(stocked: Client) -> None:
-    old = [stocked.get(url).headers["etag"] for url in ("/simple/", "/simple/acme/")]
-    assert stocked.upload(WHEEL2, W2).status == 200
-    assert stocked.get("/simple/acme/", if_none_match=old[1]).status == 200
-    assert stocked.get("/simple/", if_none_match=old[0]).status == 304
-    assert stocked.upload("b-1.0.tar.gz", make_sdist("b")).status == 200
-    assert stocked.get("/simple/", if_none_match=old[0]).status == 200
-
-
 def test_new_file_of_many_renders_one_line(client: Client, monkeypatch: Patch) -> None:
     """And the sort key of one version is computed; both pages are asked for."""
 
@@ -1695,22 +1674,13 @@ def test_new_file_of_many_renders_one_line(client: Client, monkeypatch: Patch) -
         assert set(names) <= set(client.page()["files"])
         assert set(names) <= set(client.get("/simple/acme/").links())
 
-    counts: dict[str, int] = {}
-
-    def count(name: str) -> None:
-        function = getattr(pypi_ae, name)
-
-        def counted(argument: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
-            return function(argument)
-
-        monkeypatch.setattr(pypi_ae, name, counted)
-
     pages_with([f"acme-{number}.0.tar.gz" for number in range(50)])
-    for name in ("_link", "_file_json", "version_key"):
-        count(name)
+    calls: list[str] = []
+    watch(monkeypatch, pypi_ae, "_link", lambda _: calls.append("link"))
+    watch(monkeypatch, pypi_ae, "_file_json", lambda _: calls.append("json"))
+    watch(monkeypatch, pypi_ae, "version_key", lambda _: calls.append("key"))
     pages_with(["acme-99.0.tar.gz"])
-    assert counts == {"_link": 1, "_file_json": 1, "version_key": 1}
+    assert sorted(calls) == ["json", "key", "link"]
 
 
 @pytest.mark.parametrize(("header", "expected"), [
@@ -1783,18 +1753,32 @@ def test_range_is_answered(
     assert letters.send("HEAD", FILE, range=header).status == status
 
 
-def test_if_range_takes_the_range_only_of_the_same_bytes(letters: Client) -> None:
-    """RFC 9110, 13.1.5: a strong comparison."""
-    headers = letters.get(FILE).headers
-    tag, date = headers["etag"], headers["last-modified"]
-    for good in (tag, date):
-        assert letters.get(FILE, range="bytes=0-2", if_range=good).text == "abc"
-    old = "Mon, 01 Jan 2001 00:00:00 GMT"
-    for other in ('"other"', f"W/{tag}", old, "nonsense"):
-        answer = letters.get(FILE, range="bytes=0-2", if_range=other)
-        assert (answer.status, len(answer.body)) == (200, 26)
-    answer = letters.get(FILE, range="bytes=99-", if_range='"other"')
-    assert answer.status == 200
+OLD = "Mon, 01 Jan 2001 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(("status", "headers"), [
+    *((304, {"if_none_match": tag, "range": "bytes=0-1"})
+      for tag in ("{tag}", "W/{tag}", '"x", {tag}', "*")),
+    (304, {"if_modified_since": "{date}"}),
+    (200, {"if_none_match": '"x"', "if_modified_since": "{date}"}),
+    (200, {"if_modified_since": OLD}), (200, {"if_modified_since": "nonsense"}),
+    (206, {"if_range": "{tag}", "range": "bytes=0-2"}),
+    (206, {"if_range": "{date}", "range": "bytes=0-2"}),
+    *((200, {"if_range": other, "range": "bytes=0-2"})
+      for other in ('"other"', "W/{tag}", OLD, "nonsense")),
+    (200, {"if_range": '"other"', "range": "bytes=99-"}),
+])  # fmt: skip
+def test_conditions_go_before_a_range(
+    letters: Client, status: int, headers: dict[str, str]
+) -> None:
+    """RFC 9110, 13.1.5 and 13.2.2: If-None-Match first, then the date; then a range."""
+    first = letters.get(FILE).headers
+    tags = {"tag": first["etag"], "date": first["last-modified"]}
+    values = {name: value.format(**tags) for name, value in headers.items()}
+    answer = letters.get(FILE, **values)
+    assert (answer.status, answer.headers["etag"]) == (status, first["etag"])
+    assert answer.text == {200: ALL, 206: "abc", 304: ""}[status]
+    assert "cache-control" in answer.headers
 
 
 def test_download_has_the_headers_that_clients_need(letters: Client) -> None:
@@ -1812,22 +1796,6 @@ def test_download_has_the_headers_that_clients_need(letters: Client) -> None:
     assert (head.status, head.headers) == (200, headers)
     overwriting = Client(make_app(letters.root, overwrite=True))
     assert "immutable" not in overwriting.get(FILE).headers["cache-control"]
-
-
-def test_download_that_the_client_has_is_304(letters: Client) -> None:
-    """RFC 9110, 13.2.2: If-None-Match first, then the date; then a range."""
-    headers = letters.get(FILE).headers
-    tag, date = headers["etag"], headers["last-modified"]
-    for sent in (tag, f"W/{tag}", f'"x", {tag}', "*"):
-        answer = letters.get(FILE, if_none_match=sent, range="bytes=0-1")
-        assert answer.status == 304
-        assert answer.headers["etag"] == tag
-        assert "cache-control" in answer.headers
-    assert letters.get(FILE, if_modified_since=date).status == 304
-    other = {"if_none_match": '"x"', "if_modified_since": date}
-    assert letters.get(FILE, **other).status == 200
-    for old in ("Mon, 01 Jan 2001 00:00:00 GMT", "nonsense"):
-        assert letters.get(FILE, if_modified_since=old).status == 200
 
 
 def test_file_wrapper_of_a_server_is_used(letters: Client, monkeypatch: Patch) -> None:
@@ -1850,9 +1818,7 @@ def test_file_wrapper_of_a_server_is_used(letters: Client, monkeypatch: Patch) -
 @pytest.mark.parametrize("plus", ["+", "%2B", "%2b"])
 @pytest.mark.parametrize("bang", ["!", "%21"])
 @pytest.mark.parametrize("folder", ["acme/", "Acme/", ""])
-def test_escaped_names_are_the_same(
-    client: Client, plus: str, bang: str, folder: str
-) -> None:
+def test_names_can_be_quoted(client: Client, plus: str, bang: str, folder: str) -> None:
     """pip escapes `!` and `+`, poetry one of them, uv none."""
     content = make_wheel(version="1!1.0+l")
     assert client.upload("acme-1!1.0+l-py3-none-any.whl", content).status == 200
@@ -1929,17 +1895,15 @@ def test_parser_sees_the_same_however_the_bytes_arrive() -> None:
     assert read_parts(cut(padded, itertools.repeat(1))) == expected
 
 
-@pytest.mark.parametrize(("disposition", "name", "filename"), [
+@pytest.mark.parametrize(("text", "name", "filename"), [
     ('form-data; name="a b"', "a b", None), ("form-data; name=a", "a", None),
     ('FORM-DATA; filename="x;y.whl"; name="content"', "content", "x;y.whl"),
     ('form-data;name="content";filename="a\u00e9.whl"', "content", "a\u00e9.whl"),
     ('form-data; name="c"; filename=""', "c", ""),
     ('form-data; filename="; name=evil"; name="c"', "c", "; name=evil"),
 ])  # fmt: skip
-def test_disposition_is_parsed(
-    disposition: str, name: str, filename: str | None
-) -> None:
-    head = f"content-DISPOSITION:{disposition}\r\nX-Other: y; name=z\r\n\r\n"
+def test_disposition_is_parsed(text: str, name: str, filename: str | None) -> None:
+    head = f"content-DISPOSITION:{text}\r\nX-Other: y; name=z\r\n\r\n"
     body = b"--b0\r\n" + head.encode() + b"1\r\n--b0--"
     assert read_parts([body]) == [(pypi_ae.PartBegins(name, filename), b"1")]
 
@@ -2226,54 +2190,24 @@ class Bad(NamedTuple):
 
     label: str
     status: int
-    method: str
+    body: bytes = b""
     url: str = "/"
-    body: bytes | Callable[[], bytes] = b""
-    headers: Mapping[str, str] = {}
+    method: str = "POST"
+    headers: Mapping[str, str] = MULTIPART
     hostile: Mapping[str, Any] = {}
 
     def send(self, client: Client) -> Answer:
-        body = self.body if isinstance(self.body, bytes) else self.body()
-        more = {"hostile": self.hostile, **self.headers}
-        return client.send(self.method, self.url, body, **more)
-
-
-def bad_path(path: str, status: int = 404) -> Bad:
-    return Bad(f"path {path[-40:]!r}", status, "GET", hostile={"PATH_INFO": path})
-
-
-def bad_get(status: int, url: str, /, **headers: str) -> Bad:
-    return Bad(f"GET {url} {headers}"[:80], status, "GET", url, b"", headers)
-
-
-def bad_method(method: str, url: str) -> Bad:
-    hostile = {"REQUEST_METHOD": method}  # the validator knows few
-    return Bad(f"{method} {url}", 405, "POST", url, GOOD, MULTIPART, hostile)
-
-
-def bad_length(value: str | None, status: int = 400, **hostile: Any) -> Bad:
-    label = f"length {value!r}"[:30] + "".join(hostile)
-    hostile["CONTENT_LENGTH"] = value
-    return Bad(label, status, "POST", "/", GOOD, MULTIPART, hostile)
-
-
-def bad_type(content_type: str, body: bytes | None = None) -> Bad:
-    headers = {"content_type": content_type}
-    label = f"type {content_type[:60]!r} {(body or b'')[:20]!r}"
-    return Bad(label, 400, "POST", "/", GOOD if body is None else body, headers)
-
-
-def bad_body(label: str, status: int, body: bytes) -> Bad:
-    return Bad(f"body {label}", status, "POST", "/", body, MULTIPART)
+        request = (self.method, self.url, self.body, self.hostile)
+        return client.send(*request, **self.headers)
 
 
 def bad_part(label: str, status: int, head: bytes) -> Bad:
     body = b"--b0\r\n" + head + b"\r\n\r\nx\r\n--b0--\r\n"
-    return Bad(f"part {label}", status, "POST", "/", body, MULTIPART)
+    return Bad(f"part {label}", status, body)
 
 
 def bad_form(label: str, status: int, *parts: Part) -> Bad:
-    return Bad(f"form {label}", status, "POST", "/", lambda: encode(parts), MULTIPART)
+    return Bad(f"form {label}", status, encode(parts))
 
 
 def bad_upload(
@@ -2284,7 +2218,7 @@ def bad_upload(
 
 
 def bad_search(label: str, status: int, body: bytes, **hostile: Any) -> Bad:
-    return Bad(f"search {label}", status, "POST", "/RPC2", body, {}, hostile)
+    return Bad(f"search {label}", status, body, "/RPC2", hostile=hostile)
 
 
 GOOD = encode(upload_form(WHEEL2, W2))
@@ -2314,45 +2248,60 @@ EVIL_NAMES = words("""
     acmé-2.0.tar.gz  acme-\N{PILE OF POO}.tar.gz  acme-2.0\x1b[31m.tar.gz  .tar.gz  ..
     $(reboot)-2.0.tar.gz  <script>-2.0.tar.gz  %2e%2e%2facme-2.0.tar.gz
 """)
+LONG_PATHS = ["/simple/a\r\nSet-Cookie: a=b/", "/pypi/acme/1.0\r\nX-Evil: y/json"]
+LONG_PATHS += ["/simple/a b/", "/packages/acme/" + "a-" * 450 + ".whl"]
+LONG_PATHS += [f"/simple/{'a' * 216}/", f"/pypi/{'b' * 400}/json"]
+LONG_PATHS += [f"/packages/{'a' * 300}/a-1.0.zip"]
+GETS: list[tuple[int, str, dict[str, str]]] = [
+    (406, "/simple/acme/", {"accept": "image/png"}),
+    (406, "/simple/acme/", {"accept": ",;=q\x00\xff" * 500}),
+    (406, "/simple/acme/?format=../../x", {}),
+    (416, FILE, {"range": "bytes=999999999999999999-"}),
+    (416, FILE, {"range": "bytes=-0"}),
+]  # fmt: skip
+METHODS = [(m, "/") for m in ("PUT", "DELETE", "PATCH", "BREW", "", "get")]
+METHODS += [
+    ("DELETE", "/simple/acme/"),
+    ("PUT", FILE),
+    ("POST", FILE),
+    ("DELETE", FILE),
+]
+METHODS += [("POST", "/simple/acme/"), ("POST", "/acme/json"), ("PUT", "/RPC2")]
+LENGTHS = ["-1", "-0", "+5", "1e3", "0x10", "1_000", "\u0663", "1, 1", "x", "0"]
+LENGTHS += ["9" * 400, "9" * 15, str(len(GOOD) - 20), str(len(GOOD) + 1)]
+LENGTHS += [str(len(GOOD) + 10_000_000)]
+TYPES = ["", "text/plain", "application/json", "application/octet-stream", "\xff"]
+TYPES += ["multipart/mixed; boundary=b0", "multipart/form-data"]
+TYPES += [f"multipart/form-data; boundary={b}" for b in ("", "b" * 71, "other")]
+ENCODED = [b"%3Aaction=file_upload&content=x", b"a" * 5_000_000, b"%00=%ff&" * 5000]
+ENCODED += [b"%3Aaction=remove_pkg&name=%00&version=%ff"]
 BAD = [
     # Paths, methods and headers...
-    *map(bad_path, EVIL_PATHS),
-    bad_path("/simple/a\r\nSet-Cookie: a=b/"), bad_path("/simple/a b/"),
-    bad_path("/pypi/acme/1.0\r\nX-Evil: y/json"), bad_path("/" + "a" * 100_000, 414),
-    bad_path("/" * 5000, 414), bad_path("/packages/acme/" + "a-" * 450 + ".whl"),
-    bad_path("/simple/" + "a" * 216 + "/"), bad_path("/pypi/" + "b" * 400 + "/json"),
-    bad_path("/packages/" + "a" * 300 + "/a-1.0.zip"),
-    *(bad_method(m, "/") for m in ("PUT", "DELETE", "PATCH", "BREW", "", "get")),
-    bad_method("DELETE", "/simple/acme/"), bad_method("PUT", FILE),
-    bad_method("POST", FILE),
-    bad_method("POST", "/simple/acme/"), bad_method("POST", "/acme/json"),
-    bad_method("PUT", "/RPC2"), bad_method("DELETE", FILE),
-    bad_get(406, "/simple/acme/", accept="image/png"),
-    bad_get(406, "/simple/acme/", accept=",;=q\x00\xff" * 500),
-    bad_get(406, "/simple/acme/?format=../../x"),
-    bad_get(416, FILE, range="bytes=999999999999999999-"),
-    bad_get(416, FILE, range="bytes=-0"),
+    *(Bad(f"path {p[-40:]!r}", 404, method="GET", hostile={"PATH_INFO": p})
+      for p in (*EVIL_PATHS, *LONG_PATHS)),
+    *(Bad(f"path {p[:9]}", 414, method="GET", hostile={"PATH_INFO": p})
+      for p in ("/" + "a" * 100_000, "/" * 5000)),
+    *(Bad(f"GET {url} {headers}"[:80], status, b"", url, "GET", headers)
+      for status, url, headers in GETS),
+    *(Bad(f"method {m} {url}", 405, GOOD, url, hostile={"REQUEST_METHOD": m})
+      for m, url in METHODS),  # the validator knows few
     # Lengths and types...
-    bad_length("", 411), bad_length(None, 411), bad_length("0"), bad_length("9" * 400),
-    bad_length("", 411, HTTP_TRANSFER_ENCODING="chunked"), bad_length("9" * 15),
-    *map(bad_length, ["-1", "-0", "+5", "1e3", "0x10", "1_000", "\u0663", "1, 1", "x"]),
-    bad_length(str(len(GOOD) - 20)), bad_length(str(len(GOOD) + 1)),
-    bad_length(str(len(GOOD) + 10_000_000)),
-    *map(bad_type, ["", "text/plain", "application/json", "application/octet-stream"]),
-    *map(bad_type, ["multipart/mixed; boundary=b0", "multipart/form-data", "\xff"]),
-    *map(bad_type, [f"multipart/form-data; boundary={b}" for b in ("", "b" * 71)]),
-    bad_type("multipart/form-data; boundary=other"),
-    bad_type(URLENCODED, b"%3Aaction=file_upload&content=x"),
-    bad_type(URLENCODED, b"%3Aaction=remove_pkg&name=%00&version=%ff"),
-    bad_type(URLENCODED, b"a" * 5_000_000), bad_type(URLENCODED, b"%00=%ff&" * 5000),
+    *(Bad(f"no length {more}", 411, GOOD, hostile={"CONTENT_LENGTH": n, **more})
+      for n, more in (("", {}), ("", {"HTTP_TRANSFER_ENCODING": "chunked"}))),
+    Bad("length None", 411, GOOD, hostile={"CONTENT_LENGTH": None}),
+    *(Bad(f"length {n[:20]!r}", 400, GOOD, hostile={"CONTENT_LENGTH": n})
+      for n in LENGTHS),
+    *(Bad(f"type {t[:60]!r}", 400, GOOD, headers={"content_type": t}) for t in TYPES),
+    *(Bad(f"form {body[:30]!r}", 400, body, headers={"content_type": URLENCODED})
+      for body in ENCODED),
     # Multipart bodies...
-    bad_body("empty", 400, b""), bad_body("null bytes", 400, bytes(10_000)),
-    bad_body("no boundary", 400, b"x" * 20_000), bad_body("end", 400, b"--b0--\r\n"),
-    bad_body("only a boundary", 400, b"--b0\r\n"), bad_body("cut 1", 400, GOOD[:30]),
-    bad_body("cut 2", 400, GOOD[:-200]), bad_body("cut 3", 400, GOOD[:-12]),
-    bad_body("cut 4", 400, GOOD[:-4]), bad_body("text", 400, b"--b0 x\r\n" + GOOD),
-    bad_body("LF", 400, GOOD.replace(b"\r\n", b"\n")),
-    bad_body("spaces", 400, b"--b0" + b" " * 100_000 + GOOD),
+    Bad("body empty", 400, b""), Bad("body null bytes", 400, bytes(10_000)),
+    Bad("body no boundary", 400, b"x" * 20_000), Bad("body end", 400, b"--b0--\r\n"),
+    Bad("body only a boundary", 400, b"--b0\r\n"), Bad("body cut 1", 400, GOOD[:30]),
+    Bad("body cut 2", 400, GOOD[:-200]), Bad("body cut 3", 400, GOOD[:-12]),
+    Bad("body cut 4", 400, GOOD[:-4]), Bad("body text", 400, b"--b0 x\r\n" + GOOD),
+    Bad("body LF", 400, GOOD.replace(b"\r\n", b"\n")),
+    Bad("body spaces", 400, b"--b0" + b" " * 100_000 + GOOD),
     bad_part("type", 400, b"Content-Type: text/plain"), bad_part("nothing", 400, b""),
     bad_part("attachment", 400, b'Content-Disposition: attachment; name="a"'),
     bad_part("without name", 400, b"Content-Disposition: form-data"),
@@ -2506,9 +2455,7 @@ def test_latest_version_is_final_and_not_yanked(client: Client) -> None:
     ({"name": "acme"}, {"acme", "acme-tools"}), ({"name": [""]}, set()), ({}, set()),
     ({"name": ["e_T", "bob"]}, {"acme-tools", "bob"}), ({"name": ["nothing"]}, set()),
 ])  # fmt: skip
-def test_search_finds_parts_of_names(
-    client: Client, words: dict[str, Any], names: set[str]
-) -> None:
+def test_search_finds_names(client: Client, words: Any, names: set[str]) -> None:
     for name in ("Acme", "acme.tools", "bob"):
         client.drop(f"{name}-1.0.tar.gz")
         client.drop(f"{name}-2.0.tar.gz")
@@ -2528,13 +2475,6 @@ def test_health_is_where_the_settings_say(root: Path) -> None:
     assert client.send("HEAD", "/-/alive_1").status == 200
 
 
-def test_start_page_has_the_commands_to_copy(client: Client) -> None:
-    answer = client.get("/", host="pkg.example:8080", x_forwarded_proto="https")
-    url = "https://pkg.example:8080/"
-    assert f"pip install --index-url {url}simple/ " in answer.text
-    assert f"twine upload --repository-url {url} " in answer.text
-
-
 def test_welcome_file_takes_the_place_of_the_start_page(stocked: Client) -> None:
     """pypiserver's words; not its template language."""
     words = "{{URL}}|{{VERSION}}|{{NUMPKGS}}|{{PACKAGES}}|{{SIMPLE}}|{{OTHER}}"
@@ -2544,15 +2484,6 @@ def test_welcome_file_takes_the_place_of_the_start_page(stocked: Client) -> None
     base, version = "http://x&quot;&lt;b&gt;/index/", pypi_ae.__version__
     values = f"{base}|{version}|1|{base}packages/|{base}simple/|{{{{OTHER}}}}"
     assert text == f"<p>Zoë {values}\n% import os\n"
-
-
-def test_list_of_all_files_leads_to_each(stocked: Client) -> None:
-    stocked.drop("loose-1!2+l.tar.gz")
-    answer = stocked.get("/packages/")
-    assert answer.headers["content-type"].startswith("text/html")
-    assert set(answer.links()) == {WHEEL, SDIST, "loose-1!2+l.tar.gz"}
-    for link in answer.links().values():
-        assert stocked.get(urljoin("/packages/", link["href"])).status == 200
 
 
 # ---- 15. Routes and the app ----------------------------------------------------------
@@ -2575,9 +2506,7 @@ def test_docstring_draws_each_way(played: Cloud, way: str) -> None:
     assert [name for name in calls if name in names] == names
 
 
-def test_every_route_answers_get_and_head_alike(
-    stocked: Client,
-) -> None:
+def test_every_route_answers_get_and_head_alike(stocked: Client) -> None:
     """RFC 9110, 9.3.2."""
     words = {"project": "acme", "version": "1.0", "file": WHEEL}
     for route in pypi_ae.ROUTES:
