@@ -137,6 +137,11 @@ class Client:
             self.headers |= {"x_forwarded_host": "pkg.example"}
 
     @property
+    def prefix(self) -> str:
+        """What stands before each path, as the client sees it."""
+        return self.proxy + self.mount
+
+    @property
     def root(self) -> Path:
         return self.app.settings.root
 
@@ -155,9 +160,8 @@ class Client:
     def send(
         self, method: str, url: str, body: Any = b"", hostile: Any = (), **headers: Any
     ) -> Answer:
-        prefix = self.proxy + self.mount
-        assert url.startswith(prefix)
-        path, _, query = url[len(prefix) :].partition("?")
+        assert url.startswith(self.prefix)
+        path, _, query = url[len(self.prefix) :].partition("?")
         environ: dict[str, Any] = {"REQUEST_METHOD": method, "QUERY_STRING": query}
         environ |= {"SCRIPT_NAME": self.mount, "PATH_INFO": unquote(path, "latin-1")}
         environ["wsgi.input"] = io.BytesIO(body) if isinstance(body, bytes) else body
@@ -650,13 +654,15 @@ EQUAL = [
 
 def test_versions_are_ordered() -> None:
     """PEP 440; `packaging` is the referee of this table, too."""
+    key = pypi_ae.version_key
     assert sorted(ORDER, key=Version) == ORDER
-    for low, high in itertools.combinations([*NO_VERSIONS, *ORDER], 2):
-        if high in ORDER:
-            assert pypi_ae.version_key(low) < pypi_ae.version_key(high), (low, high)
+    for low, high in itertools.combinations(ORDER, 2):
+        assert key(low) < key(high), (low, high)
+    for invalid in NO_VERSIONS:
+        assert key(invalid) < key("0.dev0")
     for line in EQUAL:
         assert len(set(map(Version, line.split(" ")))) == 1
-        assert len(set(map(pypi_ae.version_key, line.split(" ")))) == 1
+        assert len(set(map(key, line.split(" ")))) == 1
 
 
 def test_version_order_agrees_with_packaging() -> None:
@@ -686,47 +692,45 @@ REDIRECTS = [
     ("/pypi/Acme_Tools/1.0+l/json", "/pypi/acme-tools/1.0+l/json"),
     ("/simple/Acme.Tools?format=" + quote(JSON), "/simple/acme-tools/?format="),
 ]  # fmt: skip
-PREFIXES = [("", ""), ("/index", ""), ("", "/outer"), ("/index", "/outer")]
 
 
-@pytest.mark.parametrize(("mount", "proxy"), PREFIXES)
+@pytest.fixture(params=["", "/index", "/outer", "/index/outer"])
+def prefixed(root: Path, request: pytest.FixtureRequest) -> Client:
+    """An app below a prefix: a proxy strips /index, a server mounts it at /outer."""
+    proxy = "/index" if "/index" in request.param else ""
+    return Client(make_app(root), mount=request.param.removeprefix(proxy), proxy=proxy)
+
+
 @pytest.mark.parametrize(("path", "target"), REDIRECTS)
-def test_redirect_survives_prefix(
-    root: Path, mount: str, proxy: str, path: str, target: str
-) -> None:
-    prefix = proxy + mount
-    name = "acme_tools-1.0+l-py3-none-any.whl"
-    client = Client(make_app(root), mount=mount, proxy=proxy)
+def test_redirect_survives_a_prefix(prefixed: Client, path: str, target: str) -> None:
+    prefix, name = prefixed.prefix, "acme_tools-1.0+l-py3-none-any.whl"
     content = make_wheel("acme_tools", "1.0+l")
-    assert client.upload(name, content, url=f"{prefix}/").status == 200
-    assert client.get(prefix + path).status in (301, 302)
-    url, answer = client.follow(prefix + path)
+    assert prefixed.upload(name, content, url=f"{prefix}/").status == 200
+    assert prefixed.get(prefix + path).status in (301, 302)
+    url, answer = prefixed.follow(prefix + path)
     assert unquote(url).startswith(unquote(prefix + target))
     assert answer.status == 200
 
 
-@pytest.mark.parametrize(("mount", "proxy"), PREFIXES)
-def test_links_survive_a_prefix(root: Path, mount: str, proxy: str) -> None:
-    prefix = proxy + mount
-    client = Client(make_app(root), mount=mount, proxy=proxy)
+def test_links_survive_a_prefix(prefixed: Client) -> None:
+    prefix, name = prefixed.prefix, "acme-1!1.0+l.1-py3-none-any.whl"
+    host = "https://pkg.example" if prefixed.proxy else "http://127.0.0.1"
     content = make_wheel(version="1!1.0+l.1")
-    name = "acme-1!1.0+l.1-py3-none-any.whl"
-    assert client.upload(name, content, url=f"{prefix}/").status == 200
+    assert prefixed.upload(name, content, url=f"{prefix}/").status == 200
     for page in ("/simple/acme/", "/packages/", "/+simple/acme/"):
-        href = client.get(prefix + page).links()[name]["href"]
+        href = prefixed.get(prefix + page).links()[name]["href"]
         url = urljoin(prefix + page, href).partition("#")[0]
-        assert client.get(url).body == content
+        assert prefixed.get(url).body == content
     for page in ("/pypi/acme/json", "/acme/json", "/pypi/acme/1!1.0+l.1/json"):
-        url = client.get(prefix + page).json()["urls"][0]["url"]
-        host = "https://pkg.example" if proxy else "http://127.0.0.1"
+        url = prefixed.get(prefix + page).json()["urls"][0]["url"]
         assert url.startswith(f"{host}{prefix}/packages/")
-        assert client.get(url.removeprefix(host)).body == content
-    url, start = client.follow(prefix if mount else f"{prefix}/")
+        assert prefixed.get(url.removeprefix(host)).body == content
+    url, start = prefixed.follow(prefix if prefixed.mount else f"{prefix}/")
     assert url == f"{prefix}/"
     assert f"pip install --index-url {host}{prefix}/simple/ " in start.text
     assert f"twine upload --repository-url {host}{prefix}/ " in start.text
     for link in start.links().values():
-        assert client.get(urljoin(url, link["href"])).status == 200
+        assert prefixed.get(urljoin(url, link["href"])).status == 200
 
 
 @pytest.mark.parametrize("evil", ['"><script>', "a b", "x\u00e9", "a@b,<>"])
@@ -884,28 +888,25 @@ URLS = {
 }
 
 
-@pytest.mark.parametrize("update", [True, False])
-@pytest.mark.parametrize("download", [True, False])
-@pytest.mark.parametrize("list_", [True, False])
-def test_authenticate_guards_actions(
-    root: Path, list_: bool, download: bool, update: bool
-) -> None:
-    needs = {"list": list_, "download": download, "update": update}
-    actions = [action for action, needed in needs.items() if needed] or ["."]
-    app = get_app(root=root, users=SHA, authenticate=" ".join(actions))
+@pytest.mark.parametrize("actions", [
+    "", "list", "download", "update", "list download", "list update", "download,update",
+    "list, download, update",
+])  # fmt: skip
+def test_authenticate_guards_actions(root: Path, actions: str) -> None:
+    app = get_app(root=root, users=SHA, authenticate=actions or ".")
     stranger, ada = Client(app), Client(app, login=ADA)
     form = upload_form(WHEEL, make_wheel())
-    assert stranger.post(form).status == (401 if update else 200)
+    assert stranger.post(form).status == (401 if "update" in actions else 200)
     assert ada.post(form).status == 200
     for action, urls in URLS.items():
         for url, method in itertools.product(urls.split(), ("GET", "HEAD")):
             status = 404 if "/no" in url else 200
             assert ada.send(method, url).status == status, url
-            status = 401 if needs[action] else status
+            status = 401 if action in actions else status
             assert stranger.send(method, url).status == status, url
     for url in ("/", "/health", "/acme/"):
         assert stranger.get(url).status in (200, 302)
-    status = 401 if list_ else 200
+    status = 401 if "list" in actions else 200
     assert stranger.send("POST", "/RPC2", call({"name": "acme"})).status == status
 
 
@@ -1541,25 +1542,21 @@ LATEST = "application/vnd.pypi.simple.latest"
     (f" {HTML} ; q=0.3 , {JSON} ; q=0.4 ", JSON), (f"{JSON};q=0, */*;q=0.1", HTML),
     (f"{HTML};q=0, {HTML_V1};q=0, */*", JSON), (f"image/png, {HTML};q=0.001", HTML),
     (f"text/html;level=1;q=0.3, {JSON};q=0.2", HTML), (f"text/*,{JSON};q=x", HTML),
+    *((accept, "") for accept in (
+        "image/png", "application/json", "text/html;q=0", "*/*;q=0", "text/plain",
+        "application/vnd.pypi.simple.v2+json", f"{JSON};q=0.0", "nonsense",
+    )),
 ])  # fmt: skip
 def test_accept_chooses_the_type(stocked: Client, accept: str, expected: str) -> None:
-    """PEP 691, RFC 9110 12.5.1."""
-    assert pypi_ae.negotiate(accept) == expected
+    """PEP 691, RFC 9110 12.5.1; 406 if nothing is acceptable."""
     for url in ("/simple/", "/simple/acme/"):
         answer = stocked.get(url, **({"accept": accept} if accept else {}))
+        if not expected:
+            assert (answer.status, JSON in answer.text) == (406, True)
+            continue
         assert answer.headers["content-type"].partition(";")[0] == expected
         assert (answer.body[:1] == b"{") is (expected == JSON)
         assert "accept" in answer.headers["vary"].lower().replace(" ", "").split(",")
-
-
-@pytest.mark.parametrize("accept", [
-    "image/png", "application/json", "text/html;q=0", "*/*;q=0", "text/plain",
-    "application/vnd.pypi.simple.v2+json", f"{JSON};q=0.0", "nonsense",
-])  # fmt: skip
-def test_nothing_acceptable_is_406(stocked: Client, accept: str) -> None:
-    with pytest.raises(pypi_ae.HTTPError, match=re.escape(JSON)):
-        pypi_ae.negotiate(accept)
-    assert stocked.get("/simple/acme/", accept=accept).status == 406
 
 
 @pytest.mark.parametrize(("value", "expected"), [
@@ -1576,18 +1573,12 @@ def test_format_beats_accept(stocked: Client, value: str, expected: str) -> None
         assert answer.headers["content-type"].partition(";")[0] == expected
 
 
-def assert_no_null(value: Any) -> None:
-    assert value is not None
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            assert_no_null(item)
-
-
 def test_json_has_exactly_the_keys_that_clients_take(stocked: Client) -> None:
     """PEP 691, 700, 714; uv refuses a project for one null, pip 23.0 for more keys."""
     os.utime(stocked.root / "acme" / SDIST, ns=(0, 1_767_225_599_123_456_000))
-    page = stocked.get("/simple/acme/", accept=JSON).json()
-    assert_no_null(page)
+    answer = stocked.get("/simple/acme/", accept=JSON)
+    page = answer.json()
+    assert "null" not in answer.text
     assert set(page) == {"meta", "name", "versions", "files"}
     assert (page["name"], page["versions"]) == ("acme", ["1.0"])
     assert page["meta"] == {"api-version": "1.4"}
@@ -1690,7 +1681,6 @@ def test_new_file_of_many_renders_one_line(client: Client, monkeypatch: Patch) -
 ])  # fmt: skip
 def test_gzip_is_sent_on_request(stocked: Client, header: str, expected: bool) -> None:
     """RFC 9110, 12.5.3."""
-    assert pypi_ae.takes_gzip(header) is expected
     for url in ("/simple/", "/simple/acme/"):
         plain = stocked.get(url, accept=JSON)
         answer = stocked.get(url, accept=JSON, accept_encoding=header)
@@ -2521,14 +2511,13 @@ def test_every_route_answers_get_and_head_alike(stocked: Client) -> None:
 
 def test_wrong_method_says_which_are_right(client: Client) -> None:
     """RFC 9110, 15.5.6."""
-    for url, expected in (
-        ("/", {"GET", "HEAD", "POST"}),
-        ("/simple/acme/", {"GET", "HEAD"}),
-        ("/RPC2", {"GET", "HEAD", "POST"}),
+    for url, allow in (
+        ("/", "GET, HEAD, POST"),
+        ("/simple/acme/", "GET, HEAD"),
+        ("/RPC2", "GET, HEAD, POST"),
     ):
         answer = client.send("DELETE", url)
-        assert answer.status == 405
-        assert set(answer.headers["allow"].replace(" ", "").split(",")) == expected
+        assert (answer.status, answer.headers["allow"]) == (405, allow)
 
 
 def test_before_hook_refuses_by_raising(stocked: Client) -> None:
@@ -2662,16 +2651,12 @@ def test_passwd_adds_and_changes_users(monkeypatch: Patch, capsys: Output) -> No
     ("ada", "\n"), ("ada", ""),
 ])  # fmt: skip
 def test_passwd_refuses_what_could_never_log_in(
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capsys: Output,
-    user: str,
-    typed: str,
+    monkeypatch: Patch, capsys: Output, user: str, typed: str
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    assert main(["passwd", str(tmp_path / "users"), user, "--stdin"]) == 2
+    assert main(["passwd", "users", user, "--stdin"]) == 2
     assert len(capsys.readouterr().err.split()) >= 4
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir() == []
 
 
 @pytest.mark.parametrize("line", [
