@@ -87,6 +87,7 @@ WHEEL2 = "acme-2.0-py3-none-any.whl"
 SDIST = "acme-1.0.tar.gz"
 MODULE = Path(pypi_ae.__file__)
 FILE = f"/packages/acme/{WHEEL}"
+ALL = "abcdefghijklmnopqrstuvwxyz"  # content of the file in `letters`
 MULTIPART = {"content_type": "multipart/form-data; boundary=b0"}
 
 # ---- Helpers -------------------------------------------------------------------------
@@ -458,6 +459,115 @@ def first_calls(act: Callable[[], object]) -> list[str]:
     return list(names)
 
 
+@pytest.fixture(params=["", "/index", "/outer", "/index/outer"])
+def prefixed(root: Path, request: pytest.FixtureRequest) -> Client:
+    """An app below a prefix: a proxy strips /index, a server mounts it at /outer."""
+    proxy = "/index" if "/index" in request.param else ""
+    return Client(make_app(root), mount=request.param.removeprefix(proxy), proxy=proxy)
+
+
+@pytest.fixture
+def letters(client: Client) -> Client:
+    """A server of one wheel that holds the 26 letters."""
+    client.drop(WHEEL, ALL.encode())
+    return client
+
+
+class Failing(io.BytesIO):
+    """A source that fails after some reads."""
+
+    def __init__(self, data: bytes, reads: int) -> None:
+        super().__init__(data)
+        self.reads = reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads -= 1
+        if self.reads < 0:
+            raise ConnectionError("x")
+        return super().read(size)
+
+
+class SlowHash:
+    """A sha256 that takes its time, most of all in the beginning."""
+
+    def __init__(self) -> None:
+        self.hash, self.pauses = hashlib.sha256(), iter([0.3, 0.1])
+
+    def update(self, data: bytes) -> None:
+        time.sleep(next(self.pauses, 0.05))
+        self.hash.update(data)
+
+    def hexdigest(self) -> str:
+        return self.hash.hexdigest()
+
+
+STEPS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+
+
+def upload_and_die(root: Path, body: bytes, steps: int, **settings: Any) -> bool:
+    """Upload in a child that is killed at its so many-th step; did it get that far?"""
+    child = os.fork()
+    if not child:
+        left = [steps]
+
+        def step(event: str, _: Any) -> None:
+            if event in STEPS:
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        client = Client(make_app(root, **settings))
+        sys.addaudithook(step)
+        half = Body(body, len(body) // 2, lambda: step("open", None))
+        try:
+            client.send("POST", "/", half, **MULTIPART)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+Parts = list[tuple[pypi_ae.PartBegins, bytes]]
+
+
+def read_parts(chunks: Iterable[bytes]) -> Parts:
+    """The parts that a parser sees, with the data of each joined."""
+    parser, parts, kinds = pypi_ae.MultipartParser(b"b0"), Parts(), ""
+    for event in itertools.chain.from_iterable(map(parser.feed, chunks)):
+        kinds += type(event).__name__[4]
+        if isinstance(event, pypi_ae.PartBegins):
+            parts.append((event, b""))
+        elif isinstance(event, pypi_ae.PartData):
+            assert event.data
+            parts[-1] = (parts[-1][0], parts[-1][1] + event.data)
+    parser.close()
+    assert re.fullmatch("(BD*E)*", kinds)
+    return parts
+
+
+def cut(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
+    at = 0
+    for size in sizes:
+        if at >= len(data):
+            return
+        yield data[at : at + size]
+        at += size
+
+
+def mutate(data: bytes, dice: random.Random) -> bytes:
+    """Spoil a few places: change, insert, cut out or repeat."""
+    words = b'\r\n --b0 " ; \0 \xff name= PK\5\6 \x7f\x7f\x7f\x7f'.split(b" ")
+    for _ in range(dice.randint(1, 5)):
+        at, to = sorted(dice.randrange(len(data) + 1) for _ in "ab")
+        puts = [b"", data[to : to + 99], dice.choice(words), dice.randbytes(4)]
+        put = dice.choice(puts)
+        data = data[:at] + put + data[dice.choice([at, at + len(put), at + 99, to]) :]
+    return data
+
+
+def latest_version(client: Client) -> Any:
+    return client.get("/acme/json").json()["info"]["version"]
+
+
 # ---- 1. Words and errors -------------------------------------------------------------
 
 
@@ -686,13 +796,6 @@ REDIRECTS = [
     ("/pypi/Acme_Tools/1.0+l/json", "/pypi/acme-tools/1.0+l/json"),
     ("/simple/Acme.Tools?format=" + quote(JSON), "/simple/acme-tools/?format="),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=["", "/index", "/outer", "/index/outer"])
-def prefixed(root: Path, request: pytest.FixtureRequest) -> Client:
-    """An app below a prefix: a proxy strips /index, a server mounts it at /outer."""
-    proxy = "/index" if "/index" in request.param else ""
-    return Client(make_app(root), mount=request.param.removeprefix(proxy), proxy=proxy)
 
 
 @pytest.mark.parametrize(("path", "target"), REDIRECTS)
@@ -1139,20 +1242,6 @@ def test_requires_python_is_read(client: Client, name: str, content: bytes) -> N
     (client.root / "acme" / name).rename(client.root / name)  # as if dropped by hand
     again = Client(make_app(client.root)).page()["files"][name]
     assert again["requires-python"] == PYTHON
-
-
-class Failing(io.BytesIO):
-    """A source that fails after some reads."""
-
-    def __init__(self, data: bytes, reads: int) -> None:
-        super().__init__(data)
-        self.reads = reads
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads -= 1
-        if self.reads < 0:
-            raise ConnectionError("x")
-        return super().read(size)
 
 
 @pytest.mark.parametrize(("name", "content"), [(WHEEL, W2), (SDIST, S2)])
@@ -1700,15 +1789,6 @@ def test_unknown_project_is_404_or_falls_back(root: Path) -> None:
 
 # ---- 12. Downloads -------------------------------------------------------------------
 
-ALL = "abcdefghijklmnopqrstuvwxyz"
-
-
-@pytest.fixture
-def letters(client: Client) -> Client:
-    """A server of one wheel that holds the 26 letters."""
-    client.drop(WHEEL, ALL.encode())
-    return client
-
 
 @pytest.mark.parametrize("hostile", [{}, {"wsgi.file_wrapper": FileWrapper}])
 @pytest.mark.parametrize(("header", "status", "expected"), [
@@ -1836,31 +1916,6 @@ FORM = [
     ("content", "acme 1!2+l.whl", b"--b0\r\n--b\n--b0\r\n--\r\n" + bytes(range(256))),
     field("attestations", "[]"),
 ]
-Parts = list[tuple[pypi_ae.PartBegins, bytes]]
-
-
-def read_parts(chunks: Iterable[bytes]) -> Parts:
-    """The parts that a parser sees, with the data of each joined."""
-    parser, parts, kinds = pypi_ae.MultipartParser(b"b0"), Parts(), ""
-    for event in itertools.chain.from_iterable(map(parser.feed, chunks)):
-        kinds += type(event).__name__[4]
-        if isinstance(event, pypi_ae.PartBegins):
-            parts.append((event, b""))
-        elif isinstance(event, pypi_ae.PartData):
-            assert event.data
-            parts[-1] = (parts[-1][0], parts[-1][1] + event.data)
-    parser.close()
-    assert re.fullmatch("(BD*E)*", kinds)
-    return parts
-
-
-def cut(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
-    at = 0
-    for size in sizes:
-        if at >= len(data):
-            return
-        yield data[at : at + size]
-        at += size
 
 
 def test_parser_sees_the_same_however_the_bytes_arrive() -> None:
@@ -1940,20 +1995,6 @@ def test_each_digest_sent_is_checked(client: Client, name: str, after: bool) -> 
     for spelling in (right, right.upper(), f" {right} "):
         form = upload_form(WHEEL, CONTENT, **{**fields, name: spelling})
         assert client.post(form[::-1] if after else form).status == 200
-
-
-class SlowHash:
-    """A sha256 that takes its time, most of all in the beginning."""
-
-    def __init__(self) -> None:
-        self.hash, self.pauses = hashlib.sha256(), iter([0.3, 0.1])
-
-    def update(self, data: bytes) -> None:
-        time.sleep(next(self.pauses, 0.05))
-        self.hash.update(data)
-
-    def hexdigest(self) -> str:
-        return self.hash.hexdigest()
 
 
 def test_large_file_is_hashed_in_its_order(client: Client, monkeypatch: Patch) -> None:
@@ -2088,31 +2129,6 @@ def test_of_many_uploads_of_one_name_one_wins(client: Client, same: bool) -> Non
     assert client.get(FILE).body == winner
     assert client.sha256() == sha256(winner)
     assert client.staged == []
-
-
-STEPS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-
-
-def upload_and_die(root: Path, body: bytes, steps: int, **settings: Any) -> bool:
-    """Upload in a child that is killed at its so many-th step; did it get that far?"""
-    child = os.fork()
-    if not child:
-        left = [steps]
-
-        def step(event: str, _: Any) -> None:
-            if event in STEPS:
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        client = Client(make_app(root, **settings))
-        sys.addaudithook(step)
-        half = Body(body, len(body) // 2, lambda: step("open", None))
-        try:
-            client.send("POST", "/", half, **MULTIPART)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
@@ -2361,17 +2377,6 @@ def test_bad_request_does_not_harm_the_next(stocked: Client) -> None:
     assert set(stocked.page()["files"]) == {WHEEL, SDIST, WHEEL2}
 
 
-def mutate(data: bytes, dice: random.Random) -> bytes:
-    """Spoil a few places: change, insert, cut out or repeat."""
-    words = b'\r\n --b0 " ; \0 \xff name= PK\5\6 \x7f\x7f\x7f\x7f'.split(b" ")
-    for _ in range(dice.randint(1, 5)):
-        at, to = sorted(dice.randrange(len(data) + 1) for _ in "ab")
-        puts = [b"", data[to : to + 99], dice.choice(words), dice.randbytes(4)]
-        put = dice.choice(puts)
-        data = data[:at] + put + data[dice.choice([at, at + len(put), at + 99, to]) :]
-    return data
-
-
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("seed", range(4))
 def test_spoiled_requests_never_end_in_a_500(stocked: Client, seed: int) -> None:
@@ -2417,10 +2422,6 @@ def test_json_api_tells_versions_files_and_digests(client: Client) -> None:
     assert [url["size"] for url in one["urls"]] == [1]
     assert one["info"]["version"] == "0.9"
     assert client.get("/nobody/json").status == 404
-
-
-def latest_version(client: Client) -> Any:
-    return client.get("/acme/json").json()["info"]["version"]
 
 
 def test_latest_version_is_final_and_not_yanked(client: Client) -> None:
