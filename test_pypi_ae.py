@@ -1334,7 +1334,7 @@ def test_those_who_wait_for_a_look_share_it(
 @pytest.mark.parametrize("suffix", ["", ".metadata"])
 @pytest.mark.usefixtures("clock")
 def test_rewrite_is_served_at_once(client: Client, folder: str, suffix: str) -> None:
-    """No look of before says that the file is there no more; that costs no 503."""
+    """The listing may be a second old. The answer is 200 all the same, never 503."""
     client.drop(Path(folder, WHEEL), CONTENT)
     make_old(client.root)
     assert client.sha256() == sha256(CONTENT)
@@ -2675,10 +2675,10 @@ def test_start_that_cannot_work_ends_with_a_sentence(
         status = main(arguments)
     except SystemExit as stop:  # argparse's way
         status = int(stop.code or 0)
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert status == 2
-    assert len(said.split()) >= 4
-    assert "Traceback" not in said
+    assert len(message.split()) >= 4
+    assert "Traceback" not in message
 
 
 OLD_PYTHON = """
