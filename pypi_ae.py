@@ -1534,6 +1534,8 @@ class Directory:
         self._facts.add(new.project, key, new.facts)
         if old and replaced != str(target):
             self.delete(old)
+        elif old:  # its yank was one of the old bytes
+            Path(f"{target}.yanked").unlink(missing_ok=True)
 
     def delete(self, dist: Distribution) -> None:
         os.unlink(dist.path)

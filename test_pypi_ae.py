@@ -5518,6 +5518,8 @@ def test_a_taken_name(store: Store, folder: str, known: bool, agent: str) -> Non
 @each_folder
 def test_overwriting_replaces_what_exists(store: Store, folder: str) -> None:
     store.put(folder + WHEEL, BYTES, yanked="no", **facts(BYTES))
+    if isinstance(store, Directory):
+        store.put(f"{folder}{WHEEL}.yanked", b"no")
     one, two = (store.instance(n, overwrite="yes", sync_seconds=0) for n in "12")
     assert two.get(url(WHEEL)).body == BYTES
     assert one.upload(WHEEL, OTHER).status == 200
@@ -5526,6 +5528,7 @@ def test_overwriting_replaces_what_exists(store: Store, folder: str) -> None:
         assert client.get(url(WHEEL)).body == OTHER
         entry = client.page()["files"][WHEEL]
         assert entry["hashes"] == {"sha256": sha256(OTHER)}
+        assert entry["yanked"] is False
     if isinstance(store, Cloud):
         assert store.metadata(f"acme/{WHEEL}") == facts(OTHER)
 
