@@ -68,6 +68,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import filecmp
 import fnmatch
 import hashlib
 import hmac
@@ -530,11 +531,10 @@ def with_query(path: str, request: Request) -> str:
 
 def already_exists(request: Request, filename: str) -> HTTPError:
     # twine knows a duplicate by 400 and this text; uv, poetry and pdm by 409.
-    return HTTPError(
-        400 if "twine" in request.header("User-Agent") else 409,
-        f"File already exists: {filename} is here with other bytes. "
-        "Raise the version, or start the server with --overwrite.",
-    )
+    status = 400 if "twine" in request.header("User-Agent") else 409
+    why = f"File already exists: {filename} is here with other bytes."
+    advice = "Raise the version, or start the server with --overwrite."
+    return HTTPError(status, f"{why} {advice}")
 
 
 # ---- 5. Users and passwords ----------------------------------------------------------
@@ -754,20 +754,19 @@ def _basic(credentials: bytes) -> tuple[str, bytes]:
     try:
         if scheme.lower() != b"basic" or len(credentials) > MAX_AUTHORIZATION:
             raise ValueError
-        pair = _utf8(base64.b64decode(encoded.strip(), validate=True))
-        user, password = pair.split(b":", 1)
-        return user.decode(), password
+        pair = _text(base64.b64decode(encoded.strip(), validate=True))
+        user, password = pair.split(":", 1)
+        return user, password.encode()
     except ValueError:  # binascii.Error and UnicodeDecodeError are subclasses
         raise _unauthorized("The Authorization header is not HTTP Basic.") from None
 
 
-def _utf8(sent: bytes) -> bytes:
-    """Return UTF-8, as uv sends it (RFC 7617). pip and twine send Latin-1."""
+def _text(sent: bytes) -> str:
+    """Decode UTF-8, as uv sends it (RFC 7617), or Latin-1, as pip and twine do."""
     try:
-        sent.decode()
+        return sent.decode()
     except UnicodeDecodeError:
-        return sent.decode("latin-1").encode()
-    return sent
+        return sent.decode("latin-1")
 
 
 def _unauthorized(message: str) -> HTTPError:
@@ -901,7 +900,7 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
 # of one project, a Catalog the names of all projects. Each keeps what was rendered from
 # it, so a page is rendered once, and the line of a file as well.
 
-FILES_KEPT = 10_000  # distributions in the listings that are kept: about 25 MB
+FILES_KEPT = 10_000  # distributions in the listings that are kept: 20 to 45 MB
 METADATA_KEPT = 4 << 20  # bytes of core metadata and keys: some 500 wheels
 
 Answer = tuple["Response", "Response"]  # in full, and 304
@@ -1062,7 +1061,6 @@ TRIES = 3  # an upload that loses a race is tried again; three losses are an err
 TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last 256 KiB
 
 Mark = tuple[int, int]  # of a path: mtime_ns, number of links
-GONE: Mark = (0, 0)
 Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or the bytes
 
 
@@ -1106,7 +1104,7 @@ def read_mark(path: str) -> Mark:
     try:
         state = os.stat(path)
     except OSError:  # it is not there, or cannot be looked at
-        return GONE
+        return 0, 0
     return state.st_mtime_ns, state.st_nlink
 
 
@@ -1126,7 +1124,7 @@ class Store(Protocol):
         """Every distribution, without its facts."""
 
     def everything(self, catalog: Catalog) -> Iterator[Distribution]:
-        """Every distribution, also loose ones that are in their folder as well."""
+        """Every distribution. One that is both loose and in its folder comes twice."""
 
     def open(self, dist: Distribution, start: int, stop: int) -> Body:
         """Read bytes [start, stop).
@@ -1141,10 +1139,13 @@ class Store(Protocol):
         """
 
     def delete(self, dist: Distribution) -> None:
-        """Remove a distribution; FileExistsError if it is another one by now."""
+        """Remove a distribution; OSError if it is another one by now."""
 
     def move_home(self, dist: Distribution) -> None:
-        """Move a loose file to its project's folder, which may have a copy of it."""
+        """Move a loose file to its project's folder, which may have a copy of it.
+
+        Raises FileExistsError if other bytes are there.
+        """
 
 
 class Index:
@@ -1300,13 +1301,15 @@ class Index:
                     pass
             if not dist.loose:
                 continue
-            existing, home = at_home.get(dist.filename), f"{dist.project}/"
-            if existing and not _have_same_bytes(existing, dist):
-                yield f"{dist.filename} stays: other bytes are in {home}"
-                continue
-            yield f"{dist.filename} -> {home}{dist.filename}"
-            if not dry_run:
-                self.store.move_home(dist)
+            existing = at_home.get(dist.filename)
+            same = not existing or _have_same_bytes(existing, dist)
+            if same and not dry_run:
+                try:
+                    self.store.move_home(dist)
+                except FileExistsError:  # it came since, or is no distribution
+                    same = False
+            arrow = "->" if same else "stays: other bytes are at"
+            yield f"{dist.filename} {arrow} {dist.project}/{dist.filename}"
 
 
 def _serves(look: Look[Listing], began: float, filename: str) -> bool:
@@ -1368,7 +1371,7 @@ def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
 
 # ---- 9. A directory ------------------------------------------------------------------
 #     <root>/<project>/<filename>   what uploads make
-#     <root>/<filename>             loose files: listed and served, never written
+#     <root>/<filename>             loose files: listed and served, not uploaded
 #     <root>/.pypi_ae/              uploads in progress, and facts; may be deleted
 # A look is believed while the times of the root and of the project's folders stay as
 # they were, for a second or, if the look was slow, ten times as long as it took. Facts
@@ -1391,28 +1394,28 @@ class Directory:
         make_folder(self.root)
         self.staging = self.root / ".pypi_ae" / "staging"
         self._facts = FactsFiles(self.root / ".pypi_ae" / "facts")
-        # Folders that this process made. Key: the mark of the root before; value: the
-        # mark after, and the project.
-        self._made: dict[Mark, tuple[Mark, Project]] = {}
+        self._names: set[str] = set()  # in the root, at the last look
+        self._scan_until = 0.0  # when all of them are looked at again
 
     # Looking...
 
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]:
         now, began, root = time.time_ns(), time.monotonic(), str(self.root)
-        marks = read_marks([root])
-        mark = last.marks[root] if last else GONE
-        places = dict(last.found.places) if last else {}
-        while step := self._made.pop(mark, None):
-            mark, project = step
-            places[project] = Place((project,))
-        self._made.clear()
-        if last and began < last.until and mark == marks[root]:
-            # Only our own folders are new. A file that came by hand at the same moment
-            # shows a second later.
-            until = min(last.until, began + LOOK_SECONDS)
-            return Look(Catalog(places), marks, until, until)
-        until = float("inf") if _is_settled(marks[root][0], now) else 0.0
-        return Look(self._scan_root(), marks, until, until)
+        marks, names, known = read_marks([root]), set(os.listdir(root)), self._names
+        new = {n: to_project(n) or Project("") for n in names - known if known}
+        only_folders = all(new[n] and os.path.isdir(f"{root}/{n}") for n in new)
+        recent = last and known and known <= names and began < self._scan_until
+        if last and recent and only_folders:
+            places = dict(last.found.places)
+            for name, project in new.items():
+                folders, loose = places.get(project, Place())
+                places[project] = Place((*folders, name), loose)
+            catalog = Catalog(places)
+        else:
+            catalog, self._scan_until = self._scan_root(), began + LOOK_MOST
+        self._names = names
+        until = self._scan_until if _is_settled(marks[root][0], now) else began
+        return Look(catalog, marks, until, until)
 
     def _scan_root(self) -> Catalog:
         folders: dict[Project, tuple[str, ...]] = {}
@@ -1443,7 +1446,9 @@ class Directory:
         times = [mark[0] for mark in marks.values()]
         times += [state[1] for state in states.values()]
         settled = all(_is_settled(mtime, now) for mtime in times)
-        until = _trusted_until(began) if settled else 0.0
+        ended = time.monotonic()
+        trust = min(max(LOOK_SECONDS, (ended - began) / LOOK_SHARE), LOOK_MOST)
+        until = ended + trust if settled else began
         return Look(relist(project, dists, last), marks, until, until, place)
 
     def _folders(self, project: Project, place: Place) -> list[str]:
@@ -1517,23 +1522,22 @@ class Directory:
     # Changing...
 
     def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
-        root, replaced = str(self.root), old.path if old else ""
         home, *others = self._folders(new.project, place)
-        target = Path(f"{home}/{new.filename}")
-        for path in (f"{folder}/{new.filename}" for folder in (root, *others)):
-            if path != replaced and os.path.exists(path):
-                raise FileExistsError(f"{path} is there")
-        before = read_mark(root)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(home)
-            after = read_mark(root)
-            if after[1] == before[1] + 1:  # no other folder came at that moment
-                self._made[before] = after, new.project
+        target, replaced = f"{home}/{new.filename}", old.path if old else ""
+        for folder in () if old else (self.root, *others):
+            if os.path.exists(f"{folder}/{new.filename}"):
+                raise FileExistsError(f"{folder} has {new.filename}")
         key = (new.filename, *(file_state(new.source) or ()))
-        place_file(new.source, target, overwrite=replaced == str(target))
+        try:
+            place_file(new.source, Path(target), overwrite=replaced == target)
+        except OSError:
+            with contextlib.suppress(OSError):  # if it was made, it is empty
+                os.rmdir(home)
+            raise
         self._facts.add(new.project, key, new.facts)
-        if old and replaced != str(target):
-            self.delete(old)
+        if old and replaced != target:
+            with contextlib.suppress(FileNotFoundError):  # it went at this moment
+                self.delete(old)
         elif old:  # its yank was one of the old bytes
             Path(f"{target}.yanked").unlink(missing_ok=True)
 
@@ -1546,8 +1550,11 @@ class Directory:
 
     def move_home(self, dist: Distribution) -> None:
         home = self.root / dist.project / dist.filename
-        with contextlib.suppress(FileExistsError):  # it has the same bytes
+        try:
             place_file(Path(dist.path), home, overwrite=False)
+        except FileExistsError:
+            if not (home.is_file() and filecmp.cmp(dist.path, home, shallow=False)):
+                raise
         if dist.yanked is not None:
             os.replace(f"{dist.path}.yanked", f"{home}.yanked")
         os.unlink(dist.path)
@@ -1560,20 +1567,17 @@ class FactsFiles:
         self._folder = folder
         self._read_up_to: dict[Project, int] = {}
 
-    def _path(self, project: Project) -> Path:
-        return self._folder / f"{project}.jsonl"
-
     def read(self, project: Project, *, anew: bool) -> dict[FactsKey, Facts]:
         """Read all facts of a project, or those that were added since the last read."""
         start = 0 if anew else self._read_up_to.get(project, 0)
         facts, lines = dict[FactsKey, Facts](), b""
-        # Facts that cannot be read are computed again.
-        with contextlib.suppress(OSError), open(self._path(project), "rb") as file:
+        path = self._folder / f"{project}.jsonl"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
             file.seek(start)
-            lines = file.read()
+            lines = file.read()  # what cannot be read is computed again
         self._read_up_to[project] = start + len(lines)
         for line in lines.splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # a crash left half a line
+            with contextlib.suppress(ValueError, TypeError, RecursionError):  # torn
                 name, size, mtime, inode, *rest = json.loads(line)
                 facts[name, size, mtime, inode] = Facts(*rest)
         return facts
@@ -1582,7 +1586,7 @@ class FactsFiles:
         line = json.dumps([*key, *facts]) + "\n"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(self._path(project), "ab", buffering=0) as file:
+            with open(self._folder / f"{project}.jsonl", "ab", buffering=0) as file:
                 file.write(line.encode())  # at once: lines of two workers do not mix
         except OSError as fault:  # a read-only directory is served, too
             log.warning("facts are not kept, so a restart hashes again: %s", fault)
@@ -1616,12 +1620,6 @@ def make_folder(path: Path) -> None:
         raise SettingsError(f"{why}. Set LOCAL_PACKAGE_DIRECTORY (DIR).") from fault
 
 
-def _trusted_until(began: float) -> float:
-    """Return until when to believe a look that began then and ends now."""
-    ended = time.monotonic()
-    return ended + min(max(LOOK_SECONDS, (ended - began) / LOOK_SHARE), LOOK_MOST)
-
-
 def _is_settled(mtime: int, now: int) -> bool:
     """Would a change after `now` show in this mtime (both in nanoseconds)?
 
@@ -1645,8 +1643,7 @@ def _read_yank(path: str) -> str:
 def open_at(path: Path | str, start: int) -> BinaryIO:
     """Open a file at a byte of it. The caller closes it."""
     file = open(path, "rb", buffering=0)  # noqa: SIM115 - unbuffered, for a socket
-    if start:
-        file.seek(start)
+    file.seek(start)
     return file
 
 
@@ -1678,7 +1675,7 @@ def place_file(source: Path, target: Path, *, overwrite: bool) -> None:
 
 # ---- 10. A bucket --------------------------------------------------------------------
 #     <prefix>/<project>/<filename>   what uploads make; facts are custom metadata
-#     <prefix>/<filename>             loose objects: listed and served, never written
+#     <prefix>/<filename>             loose objects: listed and served, not uploaded
 # A listing is believed for SYNC_SECONDS. A change shows at once in all workers of the
 # instance that made it: that worker touches a file, and the times of such files are the
 # marks of a look. A precondition (a generation) decides between writers. Objects that
@@ -1700,6 +1697,7 @@ class Cloud:
         make_folder(self._changes)
         self._cache = FileCache(own / "cache", settings.cache_bytes)
         self._sync = settings.sync_seconds
+        self._places: Mapping[Project, Place] = {}  # at the last look at the root
 
     # Looking...
 
@@ -1713,7 +1711,9 @@ class Cloud:
         # Folders with other spellings of a project's name are ignored.
         folders = {Project(n): (n,) for n in names if to_project(n) == n}
         until, sure = began + ROOT_SECONDS * self._sync, began + self._sync
-        return Look(make_catalog(folders, loose), marks, until, sure)
+        catalog = make_catalog(folders, loose)
+        self._places = catalog.places
+        return Look(catalog, marks, until, sure)
 
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         marks, began = read_marks([self._marker(project)]), time.monotonic()
@@ -1806,16 +1806,16 @@ class Cloud:
         name = f"{self._prefix}{new.project}/{new.filename}"
         if not old and new.filename in place.loose:
             raise FileExistsError(f"{new.filename} is there as a loose file")
-        replaces_loose = old is not None and old.loose
         match = old.state[0] if old and not old.loose else 0
         values, insert = object_metadata(new.facts, new.uploader), self.bucket.insert
         try:
             with open(new.source, "rb") as file:
                 item = insert(name, file, metadata=values, if_generation=match)
-            if old and replaces_loose:
-                self.bucket.delete(old.path, generation=old.state[0])
         finally:  # after a failure, too: it may have been stored
-            self._touch(new.project, root=replaces_loose or not place.folders)
+            self._touch(new.project, root=new.project not in self._places)
+        if old and old.loose:
+            with contextlib.suppress(FileNotFoundError):  # it went at this moment
+                self.delete(old)
         self._cache.put(f"{item.generation}-{new.filename}", new.source)
 
     def delete(self, dist: Distribution) -> None:
@@ -1826,8 +1826,12 @@ class Cloud:
 
     def move_home(self, dist: Distribution) -> None:
         home = f"{self._prefix}{dist.project}/{dist.filename}"
-        with contextlib.suppress(FileExistsError):  # it has the same bytes
+        try:
             self.bucket.rewrite(dist.path, home, generation=dist.state[0])
+        except FileExistsError:
+            item = self.bucket.get(home)
+            if not item.md5 or (item.size, item.md5) != (dist.size, dist.md5):
+                raise
         self.delete(dist)
 
     def _marker(self, project: str) -> str:
@@ -1862,8 +1866,8 @@ class FileCache:
         """Move a file into the cache, and remove others until all fit."""
         if source.stat().st_size > self.bound:
             return
-        os.replace(source, self._folder / name)
-        with contextlib.suppress(FileNotFoundError):  # another worker removes them
+        with contextlib.suppress(OSError):  # the file is served without a cache, too
+            os.replace(source, self._folder / name)
             states = [(e.stat(), e.path) for e in os.scandir(self._folder)]
             excess = sum(state.st_size for state, _ in states) - self.bound
             for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
@@ -1885,12 +1889,10 @@ def object_metadata(facts: Facts, uploader: str = "") -> dict[str, str]:
 
 def _facts_of(metadata: Mapping[str, str]) -> Facts:
     """Facts from custom metadata, which somebody may have set by hand."""
-    sha256, python, core_metadata = (metadata.get(key, "") for key in METADATA_KEYS)
-    return Facts(_hex_or_none(sha256), python, _hex_or_none(core_metadata))
-
-
-def _hex_or_none(text: str) -> str:
-    return text if re.fullmatch(r"[0-9a-f]{64}", text) else ""
+    is_digest = re.compile(r"[0-9a-f]{64}").fullmatch
+    sha256, python, core = (metadata.get(key, "") for key in METADATA_KEYS)
+    sha256, core = (text if is_digest(text) else "" for text in (sha256, core))
+    return Facts(sha256, python, core)
 
 
 # ---- 11. Pages -----------------------------------------------------------------------
@@ -1906,7 +1908,7 @@ OFFERS = (JSON, HTML_V1, HTML)  # the order of preference among equals
 LATEST = {kind.replace("v1", "latest"): kind for kind in (JSON, HTML_V1)}
 LARGE_PAGE = 1 << 20  # bytes; level 6 takes three times as long as 1 and saves 10 %
 Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
-Renderer = Callable[[Source], str]
+Render = Callable[[Source], str]
 
 
 @lru_cache(maxsize=256)  # clients send only a few different headers
@@ -1951,10 +1953,7 @@ def requested_type(query: str, accept: str) -> str:
 
 
 def page_response(
-    request: Request,
-    source: Source,
-    to_html: Renderer[Source],
-    to_json: Renderer[Source],
+    request: Request, source: Source, to_html: Render[Source], to_json: Render[Source]
 ) -> Response:
     """Answer a page in the representation that is asked for, or 304."""
     environ = request.environ
@@ -2111,6 +2110,7 @@ def _fall_back(settings: Settings, request: Request) -> Response:
 # then a range (RFC 9110, 13.2.2). A distribution does not change under its name, so
 # clients may keep it. It has no Content-Encoding, as pip hashes what arrives.
 
+Range = tuple[int, int]  # [start, stop)
 SMALL = 64 << 10  # bytes; to read so few is quicker than to set sendfile up
 GZIP = "application/gzip"
 TYPES = {".zip": "application/zip", ".gz": GZIP, ".tgz": GZIP}
@@ -2164,7 +2164,7 @@ def file_response(app: App, request: Request, dist: Distribution) -> Response:
     kind = TYPES.get(os.path.splitext(dist.filename)[1], "application/octet-stream")
     headers += [("Content-Type", kind), ("Accept-Ranges", "bytes")]
     status, start, stop = "200 OK", 0, size
-    if span := _requested_range(request, size, (tag, modified)):
+    if span := _find_range(request, size, (tag, modified)):
         status, (start, stop) = "206 Partial Content", span
         headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
     headers.append(("Content-Length", str(stop - start)))
@@ -2183,9 +2183,7 @@ def _http_date(seconds: float) -> str:
     return formatdate(seconds, usegmt=True)
 
 
-def _requested_range(
-    request: Request, size: int, validators: tuple[str, str]
-) -> tuple[int, int] | None:
+def _find_range(request: Request, size: int, tags: tuple[str, str]) -> Range | None:
     """Return the requested range as [start, stop); None for the whole file.
 
     Raises 416 for a range beyond the end.
@@ -2193,7 +2191,7 @@ def _requested_range(
     text = request.environ.get("HTTP_RANGE", "")
     if_range = request.environ.get("HTTP_IF_RANGE")
     match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text, re.ASCII)
-    if not match or text == "bytes=-" or (if_range and if_range not in validators):
+    if not match or text == "bytes=-" or (if_range and if_range not in tags):
         return None
     first, last = match.groups()
     if first and last and int(last) < int(first):
@@ -2401,9 +2399,8 @@ class Form:
         """
         self._wait_for_hash()
         if len(data) > SMALL:
-            hashing = threading.Thread(target=self._hash, args=(data,))
-            hashing.start()
-            self._hashing = hashing
+            self._hashing = threading.Thread(target=self._hash, args=(data,))
+            self._hashing.start()
         else:
             self._hash(data)
         file.write(data)
@@ -2416,7 +2413,6 @@ class Form:
     def _wait_for_hash(self) -> None:
         if self._hashing:
             self._hashing.join()
-            self._hashing = None
 
     def _collect(self, data: bytes) -> None:
         self._total += len(data)
@@ -2729,7 +2725,12 @@ def search(app: App, request: Request) -> Response:
         if b"<!" in body or b"\0" in body:  # a DTD, perhaps in UTF-16, can explode
             raise ValueError("a DTD is not accepted")
         parameters, method = xmlrpc.client.loads(body)
-        words = _search_words(method, parameters)
+        if method != "search":
+            raise ValueError(f"there is no method {method!r}, only search")
+        query: Any = parameters[0]
+        names = dict(query).get("name", [])
+        names = [names] if isinstance(names, str) else names
+        words = [normalize(name) for name in names if name]
     except Exception as fault:  # foreign XML raises expat's, struct's and type errors
         raise HTTPError(400, f"Invalid XML-RPC payload: {fault}.") from fault
     latest: dict[str, str] = {}
@@ -2739,13 +2740,6 @@ def search(app: App, request: Request) -> Response:
     hits = [{"name": p, "version": v, "summary": ""} for p, v in latest.items()]
     answer = xmlrpc.client.dumps((hits,), methodresponse=True)
     return plain_response("text/xml", answer)
-
-
-def _search_words(method: str | None, parameters: Sequence[Any]) -> list[str]:
-    if method != "search":
-        raise ValueError(f"there is no method {method!r}, only search")
-    words = dict(parameters[0]).get("name", [])
-    return [normalize(w) for w in ([words] if isinstance(words, str) else words) if w]
 
 
 # ---- 15. Routes and the app ----------------------------------------------------------
@@ -2765,6 +2759,7 @@ class Route(NamedTuple):
     handler: Handler
 
 
+UPLOADS = ("/", "/legacy/", "/simple/", "/pypi/")  # where clients send them
 ROUTES = (
     Route("GET", "/", None, start_page),
     Route("GET", "/_ah/warmup", None, warm_up),
@@ -2778,11 +2773,8 @@ ROUTES = (
     Route("GET", "/pypi/{project}/{version}/json", "list", project_json),
     Route("GET", "/{project}/json", "list", project_json),
     Route("GET", "/{project}/", None, to_simple),
-    Route("POST", "/", "update", upload),
-    Route("POST", "/legacy/", "update", upload),
-    Route("POST", "/simple/", "update", upload),
-    Route("POST", "/pypi/", "update", upload),
     Route("POST", "/RPC2/", "list", search),
+    *(Route("POST", path, "update", upload) for path in UPLOADS),
 )
 
 
@@ -2976,9 +2968,8 @@ def get_app(
 
 def place_of(settings: Settings) -> str:
     root = str(settings.root.absolute())
-    if not settings.bucket_name:
-        return root
-    return f"{settings.bucket_name}:{settings.remote}, cached in {root},"
+    cloud = f"{settings.bucket_name}:{settings.remote}, cached in {root},"
+    return cloud if settings.bucket_name else root
 
 
 def _as_text(value: object) -> str:
@@ -3106,8 +3097,7 @@ def tidy(arguments: Sequence[str]) -> int:
     parser.add_argument("root", nargs="?", metavar="DIR", default="")
     parser.add_argument("--dry-run", action="store_true", help="only say what to do")
     given = parser.parse_args(arguments)
-    count = 0
-    index = get_app(root=given.root).index
+    index, count = get_app(root=given.root).index, 0
     for count, line in enumerate(index.tidy(dry_run=given.dry_run), 1):
         print(f"{count:6} {line}", flush=True)
     print(f"{count} to do" if given.dry_run else f"{count} done")

@@ -5766,7 +5766,7 @@ def test_tidy_never_loses_bytes(store: Store, capsys: Capsys, loose: bytes) -> N
     assert tidy(store) == 0
     stays = {} if loose == BYTES else {WHEEL: loose}
     assert store.all() == HOME | stays  # and the rest is done
-    line = f"{WHEEL} stays: other bytes are in acme/"
+    line = f"{WHEEL} stays: other bytes are at acme/{WHEEL}"
     assert (line in capsys.readouterr().out) == bool(stays)
 
 
