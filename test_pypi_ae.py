@@ -1450,6 +1450,7 @@ def test_rewritten_file_is_seen_when_its_look_is_over(
         client.drop(f"acme/{SDIST}", content)
         make_old(client.root)
 
+    (client.root / ".pypi_ae").mkdir()  # else the facts make it, which is a change
     watch(monkeypatch, os, "listdir", pass_time)
     drop(b"old")
     assert client.page()["files"][SDIST]["size"] == 3
@@ -1608,6 +1609,75 @@ def test_yank_is_a_file_beside_the_distribution(stocked: Client) -> None:
     (stocked.root / yank).mkdir()  # neither this nor a loop can be read
     (stocked.root / "acme" / f"{SDIST}.yanked").symlink_to(f"{SDIST}.yanked")
     assert stocked.get("/simple/acme/").status == 200
+
+
+@pytest.mark.parametrize("first", [WHEEL, f"Acme/{WHEEL}"], ids=["loose", "spelled"])
+def test_first_upload_of_a_project_hides_none_of_its_files(
+    client: Client, first: str
+) -> None:
+    """They lie loose, or in a folder with another spelling of its name."""
+    client.drop(first, make_wheel())
+    make_old(client.root)
+    assert set(client.page()["files"]) == {WHEEL}
+    assert client.upload(WHEEL2, W2).status == 200
+    assert set(client.page()["files"]) == {WHEEL, WHEEL2}
+    assert client.upload(WHEEL, W2).status != 200
+    assert client.get(f"/packages/{WHEEL}").body == make_wheel()
+
+
+@pytest.mark.parametrize("folder", ["", "Acme/"])
+def test_overwriting_replaces_a_file_that_is_there_twice(
+    root: Path, folder: str
+) -> None:
+    client = Client(make_app(root, overwrite="yes"))
+    for path in (f"{folder}{WHEEL}", f"acme/{WHEEL}"):
+        client.drop(path, make_wheel())
+    assert client.upload(WHEEL, make_wheel(code=b"new")).status == 200
+    assert client.get(f"/packages/{WHEEL}").body == make_wheel(code=b"new")
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "dangling link", "other bytes"])
+def test_tidy_keeps_a_loose_file_whose_name_is_taken(client: Client, kind: str) -> None:
+    client.drop(WHEEL, make_wheel())
+    home = client.root / "acme" / WHEEL
+    home.parent.mkdir()
+    make = {"folder": home.mkdir, "FIFO": lambda: os.mkfifo(home)}
+    make |= {"dangling link": lambda: home.symlink_to("nowhere")}
+    make.get(kind, lambda: home.write_bytes(b"other"))()
+    lines = list(client.app.index.tidy(dry_run=False))
+    assert lines == [f"{WHEEL} stays: other bytes are at acme/{WHEEL}"]
+    assert (client.root / WHEEL).read_bytes() == make_wheel()
+
+
+def test_those_who_wait_share_a_look_at_unsettled_files(
+    client: Client, monkeypatch: Patch
+) -> None:
+    looks: list[Any] = []
+
+    def note(path: Any) -> None:
+        looks.append(path)
+        time.sleep(0.2)
+
+    client.drop(f"acme/{SDIST}", b"x")
+    watch(monkeypatch, pypi_ae, "_compute_facts", note)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(
+            page["files"] for page in pool.map(lambda _: client.page(), range(8))
+        )
+    assert len(looks) <= 2
+
+
+def test_upload_that_cannot_be_placed_leaves_no_folder(
+    client: Client, monkeypatch: Patch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "link", fail)
+        assert client.upload(WHEEL, make_wheel()).status == 503
+    assert client.get("/simple/").links() == {}
+    assert client.upload(WHEEL, make_wheel()).status == 200
 
 
 # ---- 11. Pages -----------------------------------------------------------------------
@@ -2579,7 +2649,7 @@ def test_reason_of_a_500_is_in_the_log_only(client: Client, caplog: Log) -> None
 
 
 @pytest.mark.parametrize(("module", "name", "ask"), [
-    (os, "scandir", lambda client: client.get("/simple/")),
+    (os, "listdir", lambda client: client.get("/simple/")),
     (os, "listdir", lambda client: client.get("/simple/acme/")),
     (pypi_ae, "open", lambda client: client.get(FILE)),
     (pypi_ae, "open", lambda client: client.get(f"{FILE}.metadata")),
