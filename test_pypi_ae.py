@@ -2335,16 +2335,10 @@ GETS: list[tuple[int, str, dict[str, str]]] = [
     (416, FILE, {"range": "bytes=-0"}),
 ]  # fmt: skip
 METHODS = [(m, "/") for m in ("PUT", "DELETE", "PATCH", "BREW", "", "get")]
-METHODS += [
-    ("DELETE", "/simple/acme/"),
-    ("PUT", FILE),
-    ("POST", FILE),
-    ("DELETE", FILE),
-]
-METHODS += [("POST", "/simple/acme/"), ("POST", "/acme/json"), ("PUT", "/RPC2")]
-LENGTHS = ["-1", "-0", "+5", "1e3", "0x10", "1_000", "\u0663", "1, 1", "x", "0"]
-LENGTHS += ["9" * 400, "9" * 15, str(len(GOOD) - 20), str(len(GOOD) + 1)]
-LENGTHS += [str(len(GOOD) + 10_000_000)]
+METHODS += [("DELETE", "/simple/acme/"), ("POST", "/simple/acme/"), ("PUT", "/RPC2")]
+METHODS += [*((m, FILE) for m in ("PUT", "POST", "DELETE")), ("POST", "/acme/json")]
+LENGTHS = [*words("-1 -0 +5 1e3 0x10 1_000 \u0663 x 0"), "1, 1", "9" * 400, "9" * 15]
+LENGTHS += [str(len(GOOD) + n) for n in (-20, 1, 10_000_000)]
 TYPES = ["", "text/plain", "application/json", "application/octet-stream", "\xff"]
 TYPES += ["multipart/mixed; boundary=b0", "multipart/form-data"]
 TYPES += [f"multipart/form-data; boundary={b}" for b in ("", "b" * 71, "other")]
@@ -2413,10 +2407,7 @@ BAD = [
     bad_upload("another filetype", 400, filetype="sdist"),
     bad_upload("a wheel's type", 400, "acme-2.0.tar.gz", S2, filetype="bdist_wheel"),
     bad_upload("an unknown filetype", 400, filetype="bdist_wininst"),
-    bad_upload("another sha256", 400, sha256_digest="0" * 64),
-    bad_upload("another md5", 400, md5_digest="0" * 32),
     bad_upload("no blake2", 400, blake2_256_digest="\0"),
-    bad_upload("other bytes", 409, WHEEL, make_wheel(code=b"1"), version="1.0"),
     bad_upload("an sdist's bytes", 400, content=S2),
     bad_upload("a wheel's bytes", 400, "acme-2.0.tar.gz", W2),
     # Searches...
@@ -2737,7 +2728,7 @@ def test_passwd_refuses_what_could_never_log_in(
     "passwd no/such/folder/users ada --stdin", "passwd users",
 ])  # fmt: skip
 @pytest.mark.usefixtures("patience")
-def test_start_that_cannot_work_ends_with_a_sentence(
+def test_start_that_cannot_work_says_why(
     monkeypatch: Patch, capsys: Output, line: str
 ) -> None:
     Path("file").write_text("")
@@ -2810,7 +2801,7 @@ class Credentials:
         headers["authorization"] = f"Bearer {self.token}"
 
 
-class Clock:
+class FakeTime:
     """Stands for the module `time` in gcs_rest; nobody waits while it sleeps."""
 
     def __init__(self) -> None:
@@ -2825,8 +2816,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+def fake_time(monkeypatch: Patch) -> FakeTime:
+    made = FakeTime()
     monkeypatch.setattr(gcs_rest, "time", made)
     return made
 
@@ -2839,7 +2830,7 @@ def gcs() -> Iterator[Mock]:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
+def bucket(monkeypatch: Patch) -> Bucket:
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     return impatient(Bucket("bkt", credentials=Credentials(), deadline=2))
 
@@ -2850,6 +2841,11 @@ def wired(played: Cloud) -> Bucket:
     session = played.session(played.wire)
     made = Bucket("b", session=session, credentials=Credentials(), deadline=2)
     return impatient(made)
+
+
+@pytest.fixture
+def wire(played: Cloud) -> Wire:
+    return played.wire
 
 
 def impatient(bucket: Bucket, deadline: float = 2, backoff: float = 0.001) -> Bucket:
@@ -2886,9 +2882,9 @@ def item(data: bytes = DATA, name: str = OBJECT, **changes: Any) -> dict[str, An
     }
 
 
-def error_body(status: int, why: str = "why", message: str = "text") -> str:
-    errors = [{"domain": "global", "reason": why, "message": message}]
-    return json.dumps({"error": {"code": status, "message": message, "errors": errors}})
+def error_body(status: int) -> str:
+    errors = [{"domain": "global", "reason": "why", "message": "text"}]
+    return json.dumps({"error": {"code": status, "message": "text", "errors": errors}})
 
 
 def query(request: Any) -> dict[str, str]:
@@ -2969,60 +2965,45 @@ def lose_and(action: Callable[[], object]) -> Act:
 
 
 def test_object_has_numbers_hex_and_seconds() -> None:
-    assert gcs_rest.read_object(item()) == Object(
-        name=OBJECT,
-        size=600,
-        generation=7,
-        metageneration=1,
-        md5=hashlib.md5(DATA).hexdigest(),
-        created=1767323045.678,
-        metadata=CUSTOM,
-    )
-
-
-def test_composite_object_has_no_md5_and_a_plain_one_no_metadata() -> None:
-    bare = item()
+    """A composite object has no md5, and a plain one no metadata."""
+    md5, created = hashlib.md5(DATA).hexdigest(), 1767323045.678
+    whole, bare = Object(OBJECT, 600, 7, 1, md5, created, CUSTOM), item()
+    assert gcs_rest.read_object(bare) == whole
     del bare["md5Hash"], bare["metadata"]
-    read = gcs_rest.read_object(bare)
-    assert (read.md5, read.metadata) == ("", {})
+    assert gcs_rest.read_object(bare) == whole._replace(md5="", metadata={})
 
 
-@pytest.mark.parametrize(("status", "kinds"), [
-    *((status, (StorageError, OSError)) for status in (302, 308, 400, 409, 416)),
-    (401, (Refused, PermissionError)), (403, (Refused, PermissionError)),
-    (404, (NotFound, FileNotFoundError)), (412, (PreconditionFailed, FileExistsError)),
+CHECK = "check the arguments (tries: 1)"
+NAMES = "check the names of the bucket and of the object (tries: 1)"
+CHANGED = "another writer changed the object; get it again (tries: 1)"
+ACCOUNT = "Cloud Storage does not accept the credentials of me@project.iam"
+ROLE = "grant roles/storage.objectUser on the bucket to me@project.iam"
+
+
+@pytest.mark.parametrize(("status", "kinds", "advice"), [
+    *((s, (StorageError, OSError), CHECK) for s in (302, 308, 400, 409, 416)),
+    (401, (Refused, PermissionError), ACCOUNT), (403, (Refused, PermissionError), ROLE),
+    (404, (NotFound, FileNotFoundError), NAMES),
+    (412, (PreconditionFailed, FileExistsError), CHANGED),
 ])  # fmt: skip
-@each_operation
-def test_refusal_is_ours_and_a_built_in_and_not_retried(
-    gcs: Mock, bucket: Bucket, op: Operation, status: int, kinds: tuple[type, type]
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_refusal_says_what_to_do_and_is_not_retried(
+    gcs: Mock, bucket: Bucket, name: str, status: int, kinds: Any, advice: str
 ) -> None:
     """Nor is a redirect followed, nor does a 412 to a first try cost a second look."""
-    elsewhere = {"Location": "https://evil.example/"}
+    op, elsewhere = OPERATIONS[name], {"Location": "https://evil.example/"}
     body = error_body(status)
     gcs.add(op.method, op.url, body=body, status=status, headers=elsewhere)
-    with pytest.raises(StorageError, match=f": {status} why: text;") as caught:
+    with pytest.raises(StorageError) as caught:
         op.run(bucket)
+    text = (
+        f"gs://bkt/{'a/' if name == 'list' else OBJECT}: {status} why: text; {advice}"
+    )
+    assert str(caught.value).startswith(f"{name} {text}")
     assert type(caught.value) is kinds[0]
     assert isinstance(caught.value, kinds[1])
     assert (caught.value.status, caught.value.tries) == (status, 1)
     assert len(gcs.calls) == (2 if status == 401 else 1)
-
-
-@pytest.mark.parametrize(("status", "advice"), [
-    (401, "Cloud Storage does not accept the credentials of me@project.iam"),
-    (403, "grant roles/storage.objectUser on the bucket to me@project.iam"),
-    (404, "check the names of the bucket and of the object (tries: 1)"),
-    (412, "another writer changed the object; get it again (tries: 1)"),
-    (400, "check the arguments (tries: 1)"),
-])  # fmt: skip
-def test_error_says_what_failed_and_why_and_what_to_do(
-    gcs: Mock, bucket: Bucket, status: int, advice: str
-) -> None:
-    gcs.get(ONE, body=error_body(status, "reason", "no."), status=status)
-    with pytest.raises(StorageError) as caught:
-        bucket.get(OBJECT)
-    start = f"get gs://bkt/a/b.whl: {status} reason: no.; {advice}"
-    assert str(caught.value).startswith(start)
 
 
 @pytest.mark.parametrize(("body", "quoted"), [
@@ -3034,7 +3015,7 @@ def test_error_says_what_failed_and_why_and_what_to_do(
     (b'{"error": {"message": "m"}}', '404 {"error": {"message": "m"}};'),
     (b'{"error": {"message": "m", "errors": []}}', '"errors": []}};'),
 ])  # fmt: skip
-def test_error_body_that_is_not_googles_json_is_quoted(
+def test_other_error_body_is_quoted(
     gcs: Mock, bucket: Bucket, body: bytes, quoted: str
 ) -> None:
     gcs.get(ONE, body=body, status=404)
@@ -3045,7 +3026,7 @@ def test_error_body_that_is_not_googles_json_is_quoted(
 
 @pytest.mark.parametrize("body", [b"<html>", b"", b"[]", b"[1]", b"3", b"\xff"])
 @pytest.mark.parametrize("operation", ["list", "get", "insert", "patch", "rewrite"])
-def test_success_that_is_not_json_is_corrupted(
+def test_success_has_to_be_json(
     gcs: Mock, bucket: Bucket, operation: str, body: bytes
 ) -> None:
     op = OPERATIONS[operation]
@@ -3057,7 +3038,7 @@ def test_success_that_is_not_json_is_corrupted(
 @pytest.mark.parametrize("answer", [
     {}, {"name": OBJECT}, item(size="x"), item(md5Hash="x"), item(timeCreated="now"),
 ], ids=["nothing", "a name only", "size", "md5", "time"])  # fmt: skip
-def test_object_with_wrong_values_is_corrupted(
+def test_wrong_values_are_corrupted(
     gcs: Mock, bucket: Bucket, answer: dict[str, Any]
 ) -> None:
     gcs.get(ONE, json=answer)
@@ -3079,9 +3060,7 @@ def test_emulators_root_comes_from_the_environment(host: str, root: str) -> None
     assert gcs_rest.find_emulator({}) == ""
 
 
-def test_requests_to_an_emulator_are_anonymous_and_a_401_is_refused_at_once(
-    gcs: Mock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emulator_is_asked_without_a_token(gcs: Mock, monkeypatch: Patch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://gcs.test:1")
     gcs.get("http://gcs.test:1/storage/v1/b/bkt/o/a%2Fb.whl", status=401)
     with pytest.raises(Refused):
@@ -3090,9 +3069,7 @@ def test_requests_to_an_emulator_are_anonymous_and_a_401_is_refused_at_once(
 
 
 @pytest.mark.parametrize("variable", ["GAE_ENV", "K_SERVICE"])
-def test_metadata_server_is_asked_without_a_search_on_the_platforms(
-    gcs: Mock, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_platform_has_tokens(gcs: Mock, monkeypatch: Patch, variable: str) -> None:
     for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "standard")
@@ -3112,8 +3089,8 @@ def test_metadata_server_is_asked_without_a_search_on_the_platforms(
     [{}, {"K_SERVICE": "s", "GOOGLE_APPLICATION_CREDENTIALS": "key.json"}],
     ids=["anywhere", "a key on Cloud Run"],
 )
-def test_application_default_credentials_are_used_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
+def test_default_credentials_elsewhere(
+    monkeypatch: Patch, environ: dict[str, str]
 ) -> None:
     asked: list[Any] = []
 
@@ -3126,9 +3103,7 @@ def test_application_default_credentials_are_used_elsewhere(
     assert asked == [{"scopes": gcs_rest.SCOPES}]
 
 
-def test_missing_credentials_are_refused_with_advice(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_credentials_are_refused(bucket: Bucket, monkeypatch: Patch) -> None:
     from google.auth.exceptions import DefaultCredentialsError
 
     def default(**options: Any) -> None:
@@ -3143,8 +3118,8 @@ def test_missing_credentials_are_refused_with_advice(
     assert caught.value.status == 0
 
 
-def test_token_server_that_cannot_be_reached_is_asked_again(
-    gcs: Mock, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+def test_lost_token_is_asked_again(
+    gcs: Mock, bucket: Bucket, monkeypatch: Patch
 ) -> None:
     from google.auth.exceptions import RefreshError, TransportError
 
@@ -3160,8 +3135,8 @@ def test_token_server_that_cannot_be_reached_is_asked_again(
     assert bucket.get(OBJECT).name == OBJECT
 
 
-def test_netrc_does_not_replace_our_token(
-    gcs: Mock, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_netrc_is_not_read(
+    gcs: Mock, bucket: Bucket, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     (tmp_path / "netrc").write_text("default login a password b\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -3174,7 +3149,7 @@ def test_netrc_does_not_replace_our_token(
     ("no_proxy", "proxies"), [("", {"https": "http://p:1"}), ("googleapis.com", {})]
 )
 def test_proxies_come_from_the_environment(
-    monkeypatch: pytest.MonkeyPatch, no_proxy: str, proxies: dict[str, str]
+    monkeypatch: Patch, no_proxy: str, proxies: dict[str, str]
 ) -> None:
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
@@ -3201,7 +3176,7 @@ def test_google_auth_is_not_imported_for_an_emulator() -> None:
 
 @each_fault
 @each_operation
-def test_two_faults_in_a_row_are_survived(
+def test_faults_are_survived(
     gcs: Mock, bucket: Bucket, op: Operation, fault: dict[str, Any]
 ) -> None:
     gcs.add(op.method, op.url, **fault)
@@ -3224,21 +3199,19 @@ def test_request_that_is_not_idempotent_is_sent_once(
 
 
 @each_operation
-def test_retries_end_in_time(
-    gcs: Mock, bucket: Bucket, clock: Clock, op: Operation
+def test_retries_end(
+    gcs: Mock, bucket: Bucket, fake_time: FakeTime, op: Operation
 ) -> None:
     impatient(bucket, deadline=8, backoff=0.5)
     gcs.add(op.method, op.url, status=503, body="busy")
     with pytest.raises(Unavailable, match="503 busy") as caught:
         op.run(bucket)
-    assert clock.now <= 8
+    assert fake_time.now <= 8
     assert isinstance(caught.value, ConnectionError)
     assert caught.value.tries == len(gcs.calls) > 4
 
 
-def test_pauses_are_fully_jittered_and_double(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pauses_are_random_and_double(fake_time: FakeTime, monkeypatch: Patch) -> None:
     drawn: list[tuple[float, float]] = []
 
     def uniform(low: float, high: float) -> float:
@@ -3250,63 +3223,45 @@ def test_pauses_are_fully_jittered_and_double(
     for _ in range(5):
         assert retries.wait(StorageError("x"))
     assert drawn == [(0, 0.5), (0, 1), (0, 2), (0, 4), (0, 4)]
-    assert clock.slept == [0.25, 0.5, 1, 2, 2]
+    assert fake_time.slept == [0.25, 0.5, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("after", "pause"), [
     ("1", 1), ("", 0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0), ("-1", 0), ("x", 0),
 ])  # fmt: skip
 def test_pause_is_at_least_retry_after_if_that_is_a_number(
-    gcs: Mock, bucket: Bucket, clock: Clock, after: str, pause: int
+    gcs: Mock, bucket: Bucket, fake_time: FakeTime, after: str, pause: int
 ) -> None:
     gcs.get(ONE, status=429, headers={"Retry-After": after})
     gcs.get(ONE, json=item())
     bucket.get(OBJECT)
-    assert clock.slept == [pytest.approx(pause, abs=0.01)]
+    assert fake_time.slept == [pytest.approx(pause, abs=0.01)]
 
 
-def test_retry_after_beyond_the_deadline_ends_the_call_at_once(
-    gcs: Mock, bucket: Bucket, clock: Clock
+def test_retry_after_the_deadline_is_none(
+    gcs: Mock, bucket: Bucket, fake_time: FakeTime
 ) -> None:
     gcs.get(ONE, status=503, headers={"Retry-After": "3600"})
     with pytest.raises(Unavailable):
         bucket.get(OBJECT)
-    assert (len(gcs.calls), clock.slept) == (1, [])
+    assert (len(gcs.calls), fake_time.slept) == (1, [])
 
 
-@each_operation
-def test_operation_is_one_request_with_timeouts(
-    gcs: Mock, bucket: Bucket, op: Operation
-) -> None:
-    gcs.add(op.method, op.url, json=op.answer)
-    op.run(bucket)
-    (call,) = gcs.calls
-    assert query(call.request)["prettyPrint"] == "false"
-    connect, read = call.request.req_kwargs["timeout"]  # type: ignore[attr-defined]
-    assert (connect, read) == (gcs_rest.CONNECT_TIMEOUT, pytest.approx(2, abs=0.5))
-
-
-def test_wrong_url_is_our_error(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_url_is_our_error(bucket: Bucket, monkeypatch: Patch) -> None:
     monkeypatch.setattr(bucket.client, "root", "gopher://x")
     with pytest.raises(StorageError, match="InvalidSchema"):
         bucket.get(OBJECT)
 
 
 @each_operation
-def test_401_is_answered_with_one_new_token(
-    gcs: Mock, bucket: Bucket, op: Operation
-) -> None:
+def test_401_gets_one_new_token(gcs: Mock, bucket: Bucket, op: Operation) -> None:
     gcs.add(op.method, op.url, status=401)
     gcs.add(op.method, op.url, json=op.answer)
     op.run(bucket)
     assert tokens(gcs) == ["Bearer t1", "Bearer t2"]
 
 
-def test_token_that_another_thread_replaced_is_not_refreshed(
-    gcs: Mock, bucket: Bucket
-) -> None:
+def test_token_of_another_thread_is_taken(gcs: Mock, bucket: Bucket) -> None:
     credentials = bucket.client.credentials
 
     def expire(request: Any) -> tuple[int, dict[str, str], bytes]:
@@ -3382,7 +3337,7 @@ def test_empty_range_is_the_callers_mistake(bucket: Bucket, stop: int) -> None:
      ["bytes=50-89", "bytes=60-89", "bytes=70-89"]),
 ])  # fmt: skip
 def test_download_that_is_cut_short_is_continued(
-    played: Cloud,
+    wire: Wire,
     wired: Bucket,
     stored: Object,
     cuts: list[int],
@@ -3390,7 +3345,7 @@ def test_download_that_is_cut_short_is_continued(
     ranges: list[str | None],
 ) -> None:
     for count in cuts:
-        played.wire.on("read", break_after(count), 1)
+        wire.on("read", break_after(count), 1)
     recorded = record(wired)
     data = DATA[options.get("start") : options.get("stop")]
     assert read(wired, stored, **options) == data
@@ -3399,70 +3354,63 @@ def test_download_that_is_cut_short_is_continued(
 
 
 @each_fault
-def test_continuation_survives_faults(
-    played: Cloud, wired: Bucket, stored: Object, fault: dict[str, Any]
+def test_faults_while_reading(
+    wire: Wire, wired: Bucket, stored: Object, fault: dict[str, Any]
 ) -> None:
-    played.wire.on("read", break_after(100), 1)
-    played.wire.on("read", fail(fault), 2)
+    wire.on("read", break_after(100), 1)
+    wire.on("read", fail(fault), 2)
     assert read(wired, stored) == DATA
-    assert len(played.wire.calls) == 4
+    assert len(wire.calls) == 4
 
 
 @pytest.mark.parametrize(
     ("status", "error"), [(404, NotFound), (412, PreconditionFailed), (416, OSError)]
 )
 def test_continuation_that_is_refused_ends_the_stream(
-    played: Cloud, wired: Bucket, stored: Object, status: int, error: type[OSError]
+    wire: Wire, wired: Bucket, stored: Object, status: int, error: type[OSError]
 ) -> None:
-    played.wire.on("read", break_after(100), 1)
-    played.wire.on("read", refuse(status), 1)
+    wire.on("read", break_after(100), 1)
+    wire.on("read", refuse(status), 1)
     with pytest.raises(error):
         read(wired, stored)
 
 
-def test_stream_without_progress_ends_in_time(
-    played: Cloud, wired: Bucket, stored: Object, clock: Clock
+def test_idle_stream_ends(
+    wire: Wire, wired: Bucket, stored: Object, fake_time: FakeTime
 ) -> None:
     impatient(wired, deadline=8, backoff=0.5)
-    played.wire.on("read", break_after(100), 1)
-    played.wire.on("read", break_after(0))
+    wire.on("read", break_after(100), 1)
+    wire.on("read", break_after(0))
     with pytest.raises(Unavailable, match="connection lost"):
         read(wired, stored)
-    assert clock.now <= 8
-    assert len(played.wire.calls) > 4
+    assert fake_time.now <= 8
+    assert len(wire.calls) > 4
 
 
-def test_stream_with_progress_may_break_for_ever(
-    played: Cloud, wired: Bucket, stored: Object, clock: Clock
+def test_stream_may_break_often(
+    wire: Wire, wired: Bucket, stored: Object, fake_time: FakeTime
 ) -> None:
     impatient(wired, deadline=1, backoff=0.5)
-    played.wire.on("read", break_after(20))
+    wire.on("read", break_after(20))
     assert read(wired, stored) == DATA
-    assert len(played.wire.calls) == 30
-    assert clock.now > 1
+    assert len(wire.calls) == 30
+    assert fake_time.now > 1
 
 
-@pytest.mark.parametrize(
-    ("size", "options"),
-    [(600, {}), (600_000, {}), (600, {"stop": 600}), (600, {"stop": 601})],
-)
+@pytest.mark.parametrize(("size", "options", "stop"), [
+    (600, {}, None), (600_000, {}, None), (600, {"stop": 600}, None),
+    (600, {"stop": 601}, None), (600, {}, 100),
+])  # fmt: skip
 def test_corrupted_download_is_never_complete(
-    played: Cloud, wired: Bucket, size: int, options: dict[str, int]
+    wire: Wire, wired: Bucket, size: int, options: dict[str, int], stop: int | None
 ) -> None:
-    stored = insert(played.hand, bytes(size))
-    played.wire.on("read", change_body(flip_first))
-    received: list[bytes] = []
+    """Not even if the wrong byte comes before a break, and the rest is right."""
+    stored, received = insert(wired, bytes(size)), list[bytes]()
+    times = sys.maxsize if stop is None else 1
+    wire.on("read", change_body(lambda data: flip_first(data)[:stop]), times)
     with pytest.raises(Corrupted, match="md5"):
         received += wired.read(OBJECT, generation=stored.generation, **options)
     assert len(b"".join(received)) < size
-
-
-def test_wrong_byte_before_a_break_is_noticed_at_the_end(
-    played: Cloud, wired: Bucket, stored: Object
-) -> None:
-    played.wire.on("read", change_body(lambda data: flip_first(data)[:100]), 1)
-    with pytest.raises(Corrupted, match="md5"):
-        read(wired, stored)
 
 
 GZIP = gzip.compress(DATA)
@@ -3495,9 +3443,7 @@ def test_object_is_read_as_it_is_stored_and_checked_if_it_has_an_md5(
         assert b"".join(bucket.read(OBJECT, generation=7)) == flip_first(body)
 
 
-def test_answer_that_ignores_the_range_is_not_taken_for_it(
-    gcs: Mock, bucket: Bucket
-) -> None:
+def test_answer_that_ignores_the_range(gcs: Mock, bucket: Bucket) -> None:
     gcs.get(MEDIA, body=DATA, headers={"Content-Length": "600"})
     assert b"".join(bucket.read(OBJECT, generation=7, stop=7)) == DATA[:7]
     with pytest.raises(Corrupted, match="starts at byte 0"):
@@ -3513,8 +3459,8 @@ def test_short_range_without_a_length_is_continued(gcs: Mock, bucket: Bucket) ->
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_closing_a_download_frees_its_connection(
-    gcs: Mock, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, count: int
+def test_closed_download_ends(
+    gcs: Mock, bucket: Bucket, monkeypatch: Patch, count: int
 ) -> None:
     closed: list[requests.Response] = []
     monkeypatch.setattr(requests.Response, "close", lambda self: closed.append(self))
@@ -3530,9 +3476,7 @@ def test_closing_a_download_frees_its_connection(
 # ---- gcs_rest: 5. Uploads ------------------------------------------------------------
 
 
-def test_small_file_is_one_multipart_request(
-    gcs: Mock, bucket: Bucket, tmp_path: Path
-) -> None:
+def test_small_file_is_one_request(gcs: Mock, bucket: Bucket, tmp_path: Path) -> None:
     gcs.post(UPLOAD, json=item())
     (tmp_path / "file").write_bytes(DATA)
     with (tmp_path / "file").open("rb") as source:
@@ -3580,8 +3524,8 @@ def test_source_that_becomes_shorter_is_not_sent() -> None:
         b"".join(gcs_rest.Body(io.BytesIO(b"abc"), 0, 4))
 
 
-def test_given_md5_saves_reading_the_file_first(
-    gcs: Mock, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+def test_given_md5_saves_a_reading(
+    gcs: Mock, bucket: Bucket, monkeypatch: Patch
 ) -> None:
     gcs.post(UPLOAD, json=item())
     monkeypatch.delattr(gcs_rest, "file_md5")
@@ -3656,27 +3600,25 @@ def test_resumable_upload_continues_where_the_session_is(
     ]
 
 
-def test_upload_with_progress_may_break_for_ever(
-    played: Cloud, wired: Bucket, clock: Clock
+def test_upload_may_break_for_ever(
+    played: Cloud, wired: Bucket, fake_time: FakeTime
 ) -> None:
     impatient(wired, deadline=1, backoff=0.5)
     play(played, wired, *[(20, 503), (0, 308)] * 29)
     assert insert(wired).size == WHOLE
-    assert clock.now > 1
+    assert fake_time.now > 1
 
 
-def test_time_that_sending_takes_does_not_count(
-    played: Cloud, wired: Bucket, clock: Clock
+def test_time_of_sending_is_not_counted(
+    played: Cloud, wired: Bucket, fake_time: FakeTime
 ) -> None:
     play(played, wired)
-    slow = meanwhile(lambda: clock.sleep(60))
+    slow = meanwhile(lambda: fake_time.sleep(60))
     played.wire.on("put", lambda go: slow(lambda: reply(503)), 1)
     assert insert(wired).size == WHOLE
 
 
-def test_session_starts_with_metadata_md5_length_and_precondition(
-    played: Cloud, wired: Bucket, stored: Object
-) -> None:
+def test_session_starts_with_all(played: Cloud, wired: Bucket, stored: Object) -> None:
     play(played, wired)
     recorded = record(wired)
     insert(wired, if_generation=stored.generation)
@@ -3688,9 +3630,7 @@ def test_session_starts_with_metadata_md5_length_and_precondition(
 
 
 @pytest.mark.parametrize("call", ["session", "put"])
-def test_session_that_is_gone_may_have_created_the_object(
-    played: Cloud, wired: Bucket, call: str
-) -> None:
+def test_lost_session_may_have_stored(played: Cloud, wired: Bucket, call: str) -> None:
     """Then the next session fails, when it is opened or when it ends."""
     play(played, wired, (WHOLE, "lost"), (0, 410))
     if call == "session":
@@ -3700,9 +3640,7 @@ def test_session_that_is_gone_may_have_created_the_object(
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_session_that_is_gone_is_not_replaced_without_precondition(
-    gcs: Mock, bucket: Bucket, status: int
-) -> None:
+def test_lost_session_is_not_replaced(gcs: Mock, bucket: Bucket, status: int) -> None:
     bucket.multipart_max = 10
     gcs.post(UPLOAD, headers={"Location": SESSION})
     gcs.put(UPLOAD, status=503)
@@ -3729,14 +3667,14 @@ def test_session_that_is_refused_stops_the_upload(
 
 
 @pytest.mark.parametrize("answers", [[503], [308], [503, 308]], ids=str)
-def test_session_without_progress_ends_in_time(
-    played: Cloud, wired: Bucket, clock: Clock, answers: list[int]
+def test_idle_session_ends(
+    played: Cloud, wired: Bucket, fake_time: FakeTime, answers: list[int]
 ) -> None:
     impatient(wired, deadline=8, backoff=0.5)
     play(played, wired, *[(0, answer) for answer in answers] * 100)
     with pytest.raises(Unavailable):
         insert(wired)
-    assert clock.now <= 8
+    assert fake_time.now <= 8
     assert played.wire.calls.count("put") > 4
 
 
@@ -3745,7 +3683,7 @@ def test_session_without_progress_ends_in_time(
     {"body": "no JSON"},
     {"status": 400},
 ], ids=["lost", "no JSON", "refused"])  # fmt: skip
-def test_error_does_not_show_the_secret_of_a_session(
+def test_session_stays_secret(
     gcs: Mock, bucket: Bucket, answer: dict[str, Any]
 ) -> None:
     impatient(bucket, deadline=0.05).multipart_max = 10
@@ -3763,9 +3701,9 @@ def test_session_without_a_location_is_corrupted(gcs: Mock, bucket: Bucket) -> N
         insert(bucket)
 
 
-def test_body_is_sent_whole_again_after_a_401(played: Cloud, wired: Bucket) -> None:
+def test_body_is_sent_whole_again_after_a_401(wire: Wire, wired: Bucket) -> None:
     recorded = record(wired)
-    played.wire.on("insert", refuse(401), 1)
+    wire.on("insert", refuse(401), 1)
     insert(wired)
     first, second = (re.sub(rb"--[0-9a-f]{32}", b"", body_of(r)) for r in recorded)
     assert DATA in first
@@ -3836,7 +3774,7 @@ def test_empty_bucket_lists_nothing(gcs: Mock, bucket: Bucket) -> None:
     ("100%25", "100%2525"), ("a/../b", "a%2F..%2Fb"), ("é", "%C3%A9"),
     ("a~b-c_d.e", "a~b-c_d.e"),
 ])  # fmt: skip
-def test_name_is_one_segment_of_the_path(
+def test_name_is_one_path_segment(
     gcs: Mock, bucket: Bucket, name: str, path: str
 ) -> None:
     gcs.get(re.compile(".*"), json=item())
@@ -3845,6 +3783,8 @@ def test_name_is_one_segment_of_the_path(
 
 
 CONDITIONS: dict[str, tuple[Run, dict[str, str]]] = {
+    "list": (OPERATIONS["list"].run, {}),
+    "get": (OPERATIONS["get"].run, {}),
     "create": (insert, {"ifGenerationMatch": "0"}),
     "replace": (lambda b: insert(b, if_generation=9), {"ifGenerationMatch": "9"}),
     "patch": (patch, {"generation": "7", "ifMetagenerationMatch": "1"}),
@@ -3859,7 +3799,7 @@ CONDITIONS: dict[str, tuple[Run, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("run", "expected"), CONDITIONS.values(), ids=CONDITIONS)
-def test_operation_sends_its_precondition(
+def test_one_request_has_precondition_and_timeouts(
     gcs: Mock, bucket: Bucket, run: Run, expected: dict[str, str]
 ) -> None:
     answer = {**item(), "done": True, "resource": item()}
@@ -3867,8 +3807,12 @@ def test_operation_sends_its_precondition(
         gcs.add(method, re.compile(".*"), json=answer)
     gcs.assert_all_requests_are_fired = False
     run(bucket)
-    asked = query(gcs.calls[0].request).items()
-    assert {key: value for key, value in asked if "eneration" in key} == expected
+    (call,) = gcs.calls
+    asked = query(call.request)
+    assert {k: v for k, v in asked.items() if "eneration" in k} == expected
+    assert asked["prettyPrint"] == "false"
+    connect, read = call.request.req_kwargs["timeout"]  # type: ignore[attr-defined]
+    assert (connect, read) == (gcs_rest.CONNECT_TIMEOUT, pytest.approx(2, abs=0.5))
 
 
 def test_patch_sends_only_what_changes(gcs: Mock, bucket: Bucket) -> None:
@@ -3913,7 +3857,7 @@ def test_write_whose_answer_was_lost_is_a_success(
     assert [each.name for each in played.hand.list()[0]].count(name) == bool(done)
 
 
-def test_repeated_delete_spares_what_was_uploaded_since(
+def test_delete_spares_a_later_upload(
     played: Cloud, wired: Bucket, stored: Object
 ) -> None:
     played.wire.on("delete", lose_and(lambda: insert(played.hand)), 1)
@@ -3973,19 +3917,15 @@ def test_created_object_may_have_more_metadata(gcs: Mock, bucket: Bucket) -> Non
     assert insert(bucket).generation == 7
 
 
-def test_412_after_a_401_is_a_first_try(
-    played: Cloud, wired: Bucket, stored: Object
-) -> None:
-    played.wire.on("insert", refuse(401), 1)
+def test_412_after_a_401(wire: Wire, wired: Bucket, stored: Object) -> None:
+    wire.on("insert", refuse(401), 1)
     with pytest.raises(PreconditionFailed):
         insert(wired)
-    assert played.wire.calls == [f"insert {OBJECT} if=0"] * 2
+    assert wire.calls == [f"insert {OBJECT} if=0"] * 2
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["own session", "given session"])
-def test_with_closes_our_session_and_not_the_callers(
-    gcs: Mock, monkeypatch: pytest.MonkeyPatch, given: bool
-) -> None:
+def test_with_closes_our_session(gcs: Mock, monkeypatch: Patch, given: bool) -> None:
     closed: list[requests.Session] = []
     monkeypatch.setattr(requests.Session, "close", lambda self: closed.append(self))
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
@@ -4059,7 +3999,7 @@ def make_bucket(root: str) -> bool:
 
 
 @pytest.fixture
-def real(emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def real(emulator: str, monkeypatch: Patch) -> Iterator[Bucket]:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
     with Bucket("bkt") as made:
         yield made
@@ -4069,9 +4009,7 @@ def real(emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
 
 @pytest.mark.parametrize("multipart_max", [8 << 20, 10], ids=["multipart", "session"])
 @pytest.mark.parametrize("size", [0, 11, 70_000, 600_000])
-def test_inserted_object_is_listed_and_read(
-    real: Bucket, size: int, multipart_max: int
-) -> None:
+def test_inserted_object_is_read(real: Bucket, size: int, multipart_max: int) -> None:
     data = os.urandom(size)
     real.multipart_max = multipart_max
     stored = insert(real, data)
@@ -4156,8 +4094,6 @@ def test_large_file_needs_little_memory(real: Bucket, tmp_path: Path) -> None:
     assert received == size
     assert peak < 4 << 20
 
-
-PYPI_AE = Path(__file__).with_name("pypi_ae.py")
 
 # ---- Harness: servers, clients, a played bucket --------------------------------------
 # Real servers: each is a process group with a home, in which packages/, htpasswd.txt
