@@ -5998,7 +5998,7 @@ class Huge:
 
     def __init__(self, zeros: int) -> None:
         form = encode(upload_form(self.name, b"", sha256_digest=None))
-        self.head, self.tail = form[:-9], form[-9:]  # the tail is b"\r\n--b0--\r\n"
+        self.head, self.tail = form[:-10], form[-10:]  # the tail is b"\r\n--b0--\r\n"
         self.zeros, self.size = zeros, zeros + len(self.wheel)
 
     def content(self) -> Iterator[bytes]:
