@@ -1308,7 +1308,7 @@ def test_those_who_wait_for_a_look_share_it(
 
 @pytest.mark.parametrize("folder", ["acme", ""])
 @pytest.mark.parametrize("suffix", ["", ".metadata"])
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("now")
 def test_rewrite_is_served_at_once(client: Client, folder: str, suffix: str) -> None:
     """The listing may be a second old. The answer is 200 all the same, never 503."""
     client.drop(Path(folder, WHEEL), CONTENT)
@@ -1414,7 +1414,7 @@ def test_unreadable_file_is_tried_again(
     assert set(stocked.page()["files"]) == {SDIST, WHEEL}
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("now")
 def test_new_project_needs_no_root_scan(stocked: Client, monkeypatch: Patch) -> None:
     """It takes long if there are thousands of projects."""
     names = [f"p{number}" for number in range(50)]
