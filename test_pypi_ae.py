@@ -75,8 +75,6 @@ from gcs_rest import (
     Unavailable,
 )
 from pypi_ae import (
-    HTTPError,
-    Request,
     Response,
     Settings,
     SettingsError,
@@ -2044,41 +2042,6 @@ def test_forms_of_old_clients_are_taken(client: Client, form: list[Part]) -> Non
     assert not list(client.root.rglob("*.asc"))
 
 
-@pytest.mark.parametrize("folder", ["acme", "", "ACME"])
-@pytest.mark.parametrize(
-    ("agent", "status"),
-    [("twine/7.0.0 keyring/25", 400), ("uv/0.13.9", 409), ("", 409)],
-)
-def test_upload_of_an_existing_file_is_refused(
-    client: Client, folder: str, agent: str, status: int
-) -> None:
-    """twine knows a duplicate by 400 and these words, poetry and pdm by 409."""
-    path = client.drop(Path(folder, WHEEL), CONTENT)
-    before, time_ = client.page(), path.stat().st_mtime_ns
-    assert client.upload(WHEEL, CONTENT).status == 200  # the same: nothing changes
-    assert path.stat().st_mtime_ns == time_
-    form = upload_form(WHEEL, make_wheel(code=b"other"))
-    answer = client.post(form, user_agent=agent)
-    assert (answer.status, "File already exists" in answer.reason) == (status, True)
-    assert "File already exists" in answer.text
-    assert client.page() == before
-    assert client.get(FILE).body == CONTENT
-    assert client.staged == []
-
-
-@pytest.mark.parametrize("folder", ["acme", "", "ACME"])
-def test_overwrite_replaces_the_bytes(root: Path, folder: str) -> None:
-    client = Client(make_app(root, overwrite=True))
-    client.drop(Path(folder, WHEEL), CONTENT)
-    assert client.page()["files"][WHEEL]["size"] == len(CONTENT)
-    other = make_wheel(code=b"other", requires_python=">=3.9")
-    assert client.upload(WHEEL, other).status == 200
-    entry = client.page()["files"][WHEEL]
-    assert entry["hashes"] == {"sha256": sha256(other)}
-    assert entry["requires-python"] == ">=3.9"
-    assert client.get(FILE).body == other
-
-
 def test_max_upload_mb_is_the_bound(root: Path) -> None:
     client = Client(make_app(root, max_upload_mb="0.01"))
     assert client.upload(WHEEL, make_wheel()).status == 200
@@ -3946,50 +3909,6 @@ def real(emulator: str, monkeypatch: Patch) -> Iterator[Bucket]:
             made.delete(each.name, generation=each.generation)
 
 
-@pytest.mark.parametrize("multipart_max", [8 << 20, 10], ids=["multipart", "session"])
-@pytest.mark.parametrize("size", [0, 11, 70_000, 600_000])
-def test_inserted_object_is_read(real: Bucket, size: int, multipart_max: int) -> None:
-    data = os.urandom(size)
-    real.multipart_max = multipart_max
-    stored = insert(real, data)
-    assert (stored.name, stored.size, stored.metadata) == (OBJECT, size, CUSTOM)
-    assert stored.md5 == hashlib.md5(data).hexdigest()
-    assert abs(stored.created - time.time()) < 60
-    assert real.get(OBJECT) == stored
-    assert real.list() == ([stored], [])
-    assert read(real, stored) == data
-
-
-def test_ranges_are_read(real: Bucket) -> None:
-    stored = insert(real)
-    for start, stop in [(0, 1), (5, 10), (590, None), (590, 9999), (0, 600)]:
-        assert read(real, stored, start=start, stop=stop) == DATA[start:stop]
-
-
-def test_folders_and_pages_are_listed(real: Bucket) -> None:
-    names = [f"p/{project}/{n}" for project in "abc" for n in range(3)]
-    for name in [*names, "p/loose", "other"]:
-        real.insert(name, io.BytesIO(b"x"), metadata={})
-    real.page_size = 2
-    assert [each.name for each in real.list("p/a/")[0]] == names[:3]
-    objects, prefixes = real.list("p/", delimiter="/")
-    assert [each.name for each in objects] == ["p/loose"]
-    assert prefixes == ["p/a/", "p/b/", "p/c/"]
-    assert len(real.list()[0]) == 11
-
-
-def test_one_of_many_creators_wins(real: Bucket) -> None:
-    def create(number: int) -> bytes:
-        with contextlib.suppress(PreconditionFailed):
-            insert(real, bytes([number]))
-            return bytes([number])
-        return b""
-
-    with ThreadPoolExecutor(8) as pool:
-        (winner,) = filter(None, pool.map(create, range(8)))
-    assert read(real, real.get(OBJECT)) == winner
-
-
 def test_object_is_patched_copied_and_deleted(real: Bucket) -> None:
     stored = insert(real)
     numbers = {"generation": stored.generation, "metageneration": 1}
@@ -5454,22 +5373,6 @@ def test_changes_that_race(played: Cloud, case: str) -> None:
     assert list(client.page()["files"]) == [WHEEL] * bool(left)
     assert client.get(url(WHEEL)).status == (200 if left else 404)
     assert len(local(client)) == bool(left)  # the copy that was just read
-
-
-def test_a_veto_before_push_sends_no_write(store: Store) -> None:
-    """Not even of a name that is taken."""
-    client = store.with_wheel()
-
-    def veto(request: Request, response: Response) -> None:
-        if response.changes:
-            raise HTTPError(403, "Ask the release team first.")
-
-    client.app.after.insert(0, veto)
-    with store.calls() as sent:
-        new = client.upload(WHEEL2, make_wheel(version="2.0"))
-        answers = [new, client.upload(WHEEL, OTHER), client.remove("1.0")]
-    assert [answer.status for answer in answers] == [403] * 3
-    assert [call for call in sent if not call.startswith("list ")] == []
 
 
 # ---- Stores: when the bucket does not answer -----------------------------------------
