@@ -1322,6 +1322,24 @@ def test_rewrite_is_served_at_once(client: Client, folder: str, suffix: str) -> 
     assert client.sha256() == sha256(wheel)
 
 
+def test_hook_before_push_can_veto(store: Store) -> None:
+    """Nothing is stored and nothing removed, wherever the files lie."""
+
+    def veto(request: pypi_ae.Request, response: Response) -> None:
+        if response.changes:
+            raise pypi_ae.HTTPError(403, "Nothing changes here today.")
+
+    client = store.instance()
+    assert client.upload(WHEEL, make_wheel()).status == 200
+    before = store.all()
+    client.app.after.insert(0, veto)
+    for answer in (client.upload(WHEEL2, W2), client.remove("1.0")):
+        assert (answer.status, answer.reason) == (403, "Nothing changes here today.")
+        assert store.all() == before
+        assert client.staged == []
+    assert set(client.page()["files"]) == {WHEEL}
+
+
 # ---- 9. A directory ------------------------------------------------------------------
 
 KINDS = [WHEEL, SDIST, "acme-1.0.zip", "acme-1.0.tgz", "acme-1.0.tar.bz2"]
