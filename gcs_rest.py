@@ -76,7 +76,7 @@ __all__ = [
     "StorageError",
     "Unavailable",
 ]
-__version__ = "1.0"
+__version__ = "1.1"
 
 DEADLINE = 8.0  # s without progress; hatch waits 10 s for the answer to an upload
 BACKOFF, BACKOFF_MAX = 0.5, 4.0  # s; pauses are random, up to 0.5, 1, 2, 4, 4, ...
