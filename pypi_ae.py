@@ -1120,10 +1120,10 @@ class Store(Protocol):
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         """List a project. Distributions that have not changed are kept from `last`."""
 
-    def names(self, catalog: Catalog) -> Iterator[Parsed]:
+    def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
         """Every distribution, without its facts."""
 
-    def everything(self, catalog: Catalog) -> Iterator[Distribution]:
+    def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
         """Every distribution. One that is both loose and in its folder comes twice."""
 
     def open(self, dist: Distribution, start: int, stop: int) -> Body:
@@ -1153,7 +1153,7 @@ class Index:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.open, self.names = store.open, store.names
+        self.open, self.iter_names = store.open, store.iter_names
         self._root: Look[Catalog] | None = None
         self._looks: BoundedCache[Look[Listing]] = BoundedCache(FILES_KEPT)
         self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
@@ -1292,7 +1292,7 @@ class Index:
     def tidy(self, *, dry_run: bool) -> Iterator[str]:
         """Compute missing facts, move loose files home, and say what is done."""
         catalog = self.root(time.monotonic(), denies=True).found
-        dists = list(self.store.everything(catalog))
+        dists = list(self.store.iter_dists(catalog))
         at_home = {dist.filename: dist for dist in dists if not dist.loose}
         for dist in dists:
             if not dist.facts.sha256:  # in a bucket; to read it writes its facts
@@ -1499,13 +1499,13 @@ class Directory:
                     loose=os.path.dirname(path) == str(self.root),
                 )
 
-    def names(self, catalog: Catalog) -> Iterator[Parsed]:
+    def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
         for project, place in sorted(catalog.places.items()):
             names = set(map(_base, self._paths(project, place)))
             files = (parse_filename(name, project) for name in names)
             yield from sorted(p for p in files if p and p.project == project)
 
-    def everything(self, catalog: Catalog) -> Iterator[Distribution]:
+    def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
         for project, place in sorted(catalog.places.items()):
             states, now = _states_of(self._paths(project, place)), time.time_ns()
             yield from self._describe(project, states, None, now)
@@ -1749,11 +1749,11 @@ class Cloud:
                     md5=item.md5,
                 )
 
-    def everything(self, catalog: Catalog) -> Iterator[Distribution]:
+    def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
         return self._describe(self.bucket.list(self._prefix)[0])
 
-    def names(self, catalog: Catalog) -> Iterator[Parsed]:
-        for dist in self.everything(catalog):
+    def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
+        for dist in self.iter_dists(catalog):
             yield Parsed(dist.filename, dist.project, dist.version)
 
     # Reading...
@@ -2661,7 +2661,7 @@ def all_files(app: App, request: Request) -> Response:
     """/packages/: every file, for people and for pip --find-links."""
     links = (
         f'<a href="{project}/{quote(name)}">{escape(name)}</a><br>'
-        for name, project, _ in app.index.names(request.catalog)
+        for name, project, _ in app.index.iter_names(request.catalog)
     )
     return plain_response(f"{HTML}; charset=utf-8", _simple_page("All files", links))
 
@@ -2734,7 +2734,7 @@ def search(app: App, request: Request) -> Response:
     except Exception as fault:  # foreign XML raises expat's, struct's and type errors
         raise HTTPError(400, f"Invalid XML-RPC payload: {fault}.") from fault
     latest: dict[str, str] = {}
-    for _, project, version in app.index.names(request.catalog):
+    for _, project, version in app.index.iter_names(request.catalog):
         if any(word in project for word in words):
             latest[project] = max(latest.get(project, ""), version, key=version_key)
     hits = [{"name": p, "version": v, "summary": ""} for p, v in latest.items()]
