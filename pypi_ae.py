@@ -1374,13 +1374,14 @@ def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
 #     <root>/<filename>             loose files: listed and served, not uploaded
 #     <root>/.pypi_ae/              uploads in progress, and facts; may be deleted
 # A look is believed while the times of the root and of the project's folders stay as
-# they were, for a second or, if the look was slow, ten times as long as it took. Facts
-# are computed once per file and kept as JSON lines, keyed by name, size, mtime and
-# inode: neither another start nor another worker hashes again.
+# they were, for a second or, if the look was slow, ten times as long as it took. If
+# only folders came to the root, only these are looked at; all are, every 30 seconds.
+# Facts are computed once per file and kept as JSON lines, keyed by name, size, mtime
+# and inode: another start or another worker does not compute them again.
 
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
 LOOK_SHARE = 0.1  # at most 10 % of the time is spent on scanning
-LOOK_MOST = 30.0  # seconds; a look may have been slow for other reasons
+LOOK_MOST = 30.0  # seconds; a look may be slow for other reasons, or miss a change
 ABANDONED_SECONDS = 600  # an upload without a write for so long has lost its process
 
 FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
