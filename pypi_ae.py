@@ -50,11 +50,13 @@ The environment (or the same words in lower case as keywords of get_app):
     CACHE_MB                 bound of the local cache of a bucket           100
     PASSWORD_FILE            users, in htpasswd format                      htpasswd.txt
     AUTHENTICATE             actions that need a user: list, download,      update
-                             update; or "." for none
+                             update (anonymous-update if anybody may
+                             upload); or "." for none
     FALLBACK_URL             simple index to redirect unknown projects to   none
     PRIVATE_NAMES            glob patterns of names that never fall back    none
     OVERWRITE                may an upload replace a file?                  no
     MAX_UPLOAD_MB            larger uploads get 413; 0: no bound            0, hosted 32
+    BEHIND_PROXY             believe X-Forwarded-For, -Host, -Proto, ...?   if hosted
     HEALTH_ENDPOINT          answers "Ok"                                   /health
     WELCOME_FILE             HTML of the start page                         built in
 
@@ -160,59 +162,43 @@ DEFAULTS = {
     "FALLBACK_URL": "",
     "PRIVATE_NAMES": "",
     "OVERWRITE": "no",
-    "MAX_UPLOAD_MB": "",
+    "MAX_UPLOAD_MB": "0",
+    "BEHIND_PROXY": "no",
     "HEALTH_ENDPOINT": "/health",
     "WELCOME_FILE": "",
 }
 YES, NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
 HOSTED = ("GAE_ENV", "K_SERVICE")  # set by App Engine and by Cloud Run
+# Google cuts off requests above 32 MB. Our own limit answers with a reason.
+HOSTED_DEFAULTS = {"MAX_UPLOAD_MB": "32", "BEHIND_PROXY": "yes"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The checked settings. Sizes are in bytes; 0 means no bound."""
+    """The checked settings, which nothing changes. Sizes are in bytes; 0: no bound."""
 
-    root: Path
-    bucket_name: str
-    remote: str  # prefix in the bucket; without a bucket, the root if it is set
-    sync_seconds: float
-    cache_bytes: int
-    password_file: Path | None
-    authenticate: frozenset[str]
-    fallback_url: str
-    private_names: tuple[str, ...]
-    overwrite: bool
-    max_upload: int
-    health_endpoint: str
-    welcome_file: Path | None
-    hosted: bool
-    cloud_project: str
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+    def __init__(self, environ: Mapping[str, str]) -> None:
         """Read and check all settings; raise SettingsError for one that cannot work."""
-        values = {k: environ.get(k, "").strip() or v for k, v in DEFAULTS.items()}
-        hosted = any(name in environ for name in HOSTED)
-        # Google cuts off requests above 32 MB. Our own limit answers with a reason.
-        values["MAX_UPLOAD_MB"] = values["MAX_UPLOAD_MB"] or ("32" if hosted else "0")
-        root, remote = _directories(values)
-        return cls(
-            root=root,
-            bucket_name=values["BUCKET_NAME"],
-            remote=remote,
-            sync_seconds=_number(values, "SYNC_SECONDS"),
-            cache_bytes=int(_number(values, "CACHE_MB") * 1_000_000),
-            password_file=_password_file(values),
-            authenticate=_actions(values["AUTHENTICATE"]),
-            fallback_url=_url(values, "FALLBACK_URL"),
-            private_names=tuple(map(normalize, _split(values["PRIVATE_NAMES"]))),
-            overwrite=_yes_or_no(values, "OVERWRITE"),
-            max_upload=int(_number(values, "MAX_UPLOAD_MB") * 1_000_000),
-            health_endpoint=_endpoint(values["HEALTH_ENDPOINT"]),
-            welcome_file=_file(values, "WELCOME_FILE"),
-            hosted=hosted,
-            cloud_project=environ.get("GOOGLE_CLOUD_PROJECT", ""),
-        )
+        self.hosted = any(name in environ for name in HOSTED)
+        defaults = DEFAULTS | HOSTED_DEFAULTS if self.hosted else DEFAULTS
+        values = {k: environ.get(k, "").strip() or v for k, v in defaults.items()}
+        self.bucket_name = values["BUCKET_NAME"]
+        # The prefix in the bucket; without a bucket, the root if it is set.
+        self.root, self.remote = _directories(values)
+        self.sync_seconds = _number(values, "SYNC_SECONDS")
+        self.cache_bytes = int(_number(values, "CACHE_MB") * 1_000_000)
+        self.password_file = _password_file(values)
+        self.authenticate = _actions(values["AUTHENTICATE"])
+        self.fallback_url = _url(values["FALLBACK_URL"])
+        self.private_names = tuple(map(normalize, _split(values["PRIVATE_NAMES"])))
+        self.overwrite = _yes_or_no(values, "OVERWRITE")
+        self.max_upload = int(_number(values, "MAX_UPLOAD_MB") * 1_000_000)
+        self.behind_proxy = _yes_or_no(values, "BEHIND_PROXY")
+        # On App Engine, X-Forwarded-For ends with an address of its own.
+        name = "APPENGINE_USER_IP" if "GAE_ENV" in environ else "FORWARDED_FOR"
+        self.address_key = f"HTTP_X_{name}" if self.behind_proxy else "REMOTE_ADDR"
+        self.health_endpoint = _endpoint(values["HEALTH_ENDPOINT"])
+        self.welcome_file = _file(values, "WELCOME_FILE")
+        self.cloud_project = environ.get("GOOGLE_CLOUD_PROJECT", "")
 
 
 def _directories(values: Mapping[str, str]) -> tuple[Path, str]:
@@ -221,6 +207,9 @@ def _directories(values: Mapping[str, str]) -> tuple[Path, str]:
     if tier != "dev" and not bucket:
         need = "it needs a bucket: set BUCKET_NAME, or use TIER=dev for a directory"
         raise _bad("TIER", tier, need)
+    if re.search("[:/]", bucket):
+        need = "it takes the name alone; REMOTE_PACKAGE_DIRECTORY takes a folder in it"
+        raise _bad("BUCKET_NAME", bucket, need)
     default = "packages" if tier == "dev" else "/tmp/packages"
     local = values["LOCAL_PACKAGE_DIRECTORY"]
     remote = values["REMOTE_PACKAGE_DIRECTORY"]
@@ -230,7 +219,7 @@ def _directories(values: Mapping[str, str]) -> tuple[Path, str]:
 
 
 def _bad(name: str, value: str, rule: str) -> SettingsError:
-    return SettingsError(f"{name} is {value!r}; {rule}.")
+    return SettingsError(f"{name} is {value[:200]!r}; {rule}.")
 
 
 def _split(text: str) -> list[str]:
@@ -241,10 +230,11 @@ def _actions(text: str) -> frozenset[str]:
     actions = frozenset(_split(text))
     if actions == {"."}:
         return frozenset()
-    if not actions <= {"list", "download", "update"}:
-        rule = 'it takes list, download and update, or "." if no action needs a user'
-        raise _bad("AUTHENTICATE", text, rule)
-    return actions
+    known = {"list", "download", "update", "anonymous-update"}
+    if not actions <= known or len(actions & {"update", "anonymous-update"}) != 1:
+        words = "update (or anonymous-update, if anybody may upload), list and download"
+        raise _bad("AUTHENTICATE", text, f'it takes {words}; or "." for no users')
+    return actions - {"anonymous-update"}
 
 
 def _yes_or_no(values: Mapping[str, str], name: str) -> bool:
@@ -259,17 +249,17 @@ def _number(values: Mapping[str, str], name: str) -> float:
     return float(values[name])
 
 
-def _url(values: Mapping[str, str], name: str) -> str:
-    if values[name] and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", values[name]):
-        raise _bad(name, values[name], "it takes an http(s) URL without a query")
-    return values[name].rstrip("/")
+def _url(url: str) -> str:
+    if url and not re.fullmatch(r"https?://[^\s/?#]+/+[^\s/?#][^\s?#]*", url):
+        rule = "it takes an http(s) URL with the path of an index, often /simple"
+        raise _bad("FALLBACK_URL", url, rule)
+    return url.rstrip("/")
 
 
 def _endpoint(path: str) -> str:
-    if not re.fullmatch(r"/[a-z0-9/_-]*[a-z0-9_-]", path, re.I | re.ASCII):
-        raise _bad("HEALTH_ENDPOINT", path, "it takes a path such as /health")
-    if path.split("/")[1] in ("simple", "packages", "pypi", "legacy", "RPC2"):
-        raise _bad("HEALTH_ENDPOINT", path, "this path is in use; take another")
+    free = r"/(?!(simple|packages|pypi|legacy|RPC2)(/|$))[a-z0-9/_-]*[a-z0-9_-]"
+    if not re.fullmatch(free, path, re.I | re.ASCII):
+        raise _bad("HEALTH_ENDPOINT", path, "it takes a free path such as /health")
     return path
 
 
@@ -400,7 +390,13 @@ def is_final(key: VersionKey) -> bool:
 # and used many times, so nothing may change it.
 
 Header = tuple[str, str]  # name and value
-NOSNIFF: Header = ("X-Content-Type-Options", "nosniff")
+NOSNIFF: Header = ("X-Content-Type-Options", "nosniff")  # for every answer
+CSP = (  # a page runs no script and loads nothing; WELCOME_FILE may have styles
+    "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; "
+    "frame-ancestors 'none'; form-action 'self'; base-uri 'none'"
+)
+OF_PAGES = (("Content-Security-Policy", CSP), ("Referrer-Policy", "same-origin"))
+MAX_HEADER = 8192  # letters of a header that are read; gunicorn takes no longer one
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
 CHUNK = 1 << 20  # bytes per read; gunicorn 27 receives as many, and copies leftovers
@@ -452,9 +448,12 @@ class Request:
     catalog: Catalog = field(init=False)  # set by Index.pull if there is no project
     unread: int | None = None  # bytes of the body; None: it was not asked for
     staged: list[Path] = field(default_factory=list)  # removed when the request ends
+    behind_proxy: bool = False  # is X-Forwarded-... the word of our own proxy?
 
     def header(self, name: str) -> str:
-        return str(self.environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
+        """The value of a header, "" if there is none."""
+        name = "HTTP_" + name.upper().replace("-", "_")
+        return str(self.environ.get(name, "")[:MAX_HEADER])
 
     def base_url(self) -> str:
         """The URL of this app as the client sees it, without a slash at the end."""
@@ -464,11 +463,12 @@ class Request:
         host = host or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         prefix = self._forwarded("Prefix").strip("/")
         path = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1").strip("/")
-        return "/".join(filter(None, (f"{scheme}://{host}", prefix, path)))
+        return "/".join(filter(None, (f"{scheme}://{host.strip('/')}", prefix, path)))
 
     def _forwarded(self, what: str) -> str:
         # A proxy in front sets it. The first of several values is the client's.
-        value = self.header(f"X-Forwarded-{what}").split(",")[0].strip()
+        value = self.header(f"X-Forwarded-{what}") if self.behind_proxy else ""
+        value = value.split(",")[0].strip()
         return value if re.fullmatch(r"[\w.:/\[\]~%-]*", value, re.ASCII) else ""
 
 
@@ -495,11 +495,13 @@ def text_response(status: int, message: str, *headers: Header) -> Response:
     # twine prints only the reason phrase, so the message goes there.
     reason = STATUS.get(status) or _reason(message)
     body = f"{message}\n".encode()
-    return body_response(f"{status} {reason}", TEXT, body, *headers, NOSNIFF)
+    return body_response(f"{status} {reason}", TEXT, body, *headers)
 
 
 def body_response(status: str, kind: str, body: bytes, *headers: Header) -> Response:
     size = ("Content-Length", str(len(body)))
+    if kind.startswith("text/html"):
+        headers += OF_PAGES
     return Response(status, (*headers, ("Content-Type", kind), size), (body,))
 
 
@@ -545,10 +547,11 @@ def already_exists(request: Request, filename: str) -> HTTPError:
 # A check takes 16 MiB (2**14 * 8 * 128 bytes) and about 40 ms. Only one runs at a time.
 SCRYPT_LN = 14
 MAX_AUTHORIZATION = 4096  # bytes; sha-crypt takes longer for a longer password
-NO_USERS = (
-    "This needs a user, but there are no users. Add one on the server with: "
-    "python pypi_ae.py passwd htpasswd.txt USER"
-)
+# Wrong passwords of one address for one user: ten at once, then one each GUESS_SECONDS.
+# Two pairs rarely share a count, as a table of fixed size has 16,384 of them.
+GUESSES, GUESS_SECONDS, COUNTS = 10, 6, 1 << 14
+MAX_CHECKS = 4  # logins in line for a check; more would hold all threads of a server
+MAX_CHECK_SECONDS = 5  # how long a request waits for its check
 _ITOA64 = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 Compute = Callable[..., str]  # (password: bytes, *groups of the pattern) -> digest
@@ -558,7 +561,7 @@ Check = Callable[[bytes], bool]
 def hash_password(password: str) -> str:
     """Hash a password with scrypt, for an htpasswd line or get_app(users=...)."""
     cost, salt = (str(SCRYPT_LN), "8", "1"), _b64(os.urandom(16))
-    digest = _scrypt(password.encode(), *cost, salt, _b64(bytes(32)))
+    digest = _scrypt(password.encode(), *cost, salt, "")
     return "$scrypt$ln={},r={},p={}$".format(*cost) + f"{salt}${digest}"
 
 
@@ -566,17 +569,12 @@ def _b64(data: bytes) -> str:
     return base64.b64encode(data).decode().rstrip("=")
 
 
-def _unb64(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4))
-
-
 def _scrypt(password: bytes, ln: str, r: str, p: str, salt: str, digest: str) -> str:
-    """Compute $scrypt$ as passlib writes it; `digest` gives the length."""
+    """Compute $scrypt$ as passlib writes it, with a digest of 32 bytes."""
     cost = {"n": 1 << int(ln), "r": int(r), "p": int(p)}
     memory = 128 * cost["r"] * (cost["n"] + cost["p"] + 2) + (1 << 20)  # 1 MiB spare
-    size = len(_unb64(digest))
-    key = hashlib.scrypt(password, salt=_unb64(salt), maxmem=memory, dklen=size, **cost)
-    return _b64(key)
+    raw = base64.b64decode(salt + "==")  # Python takes more padding than it needs
+    return _b64(hashlib.scrypt(password, salt=raw, maxmem=memory, dklen=32, **cost))
 
 
 def _sha1(password: bytes, digest: str) -> str:
@@ -615,11 +613,9 @@ def _sha_crypt(password: bytes, kind: str, rounds: str, salt: str, digest: str) 
     s = _fill(hashlib.new(name, salted * (16 + mixed)).digest(), len(salted))
     hashed = _stir(name, start, p, s, min(max(int(rounds or 5000), 1000), 999_999_999))
     third = len(hashed) // 3
-    a, b, c = 0, third, 2 * third
-    text = ""
-    for _ in range(third):
-        text += _to64(hashed, a, b, c)
-        a, b, c = (c + 1, a + 1, b + 1) if kind == "5" else (b + 1, c + 1, a + 1)
+    turn = -1 if kind == "5" else 1
+    starts = [[third * ((k + turn * i) % 3) for k in range(3)] for i in range(third)]
+    text = "".join(_to64(hashed, *(i + k for k in it)) for i, it in enumerate(starts))
     return text + (_to64(hashed, 31, 30)[:3] if kind == "5" else _to64(hashed, 63)[:2])
 
 
@@ -642,17 +638,21 @@ def _to64(digest: bytes, *places: int) -> str:
     return "".join(_ITOA64[value >> 6 * i & 63] for i in range(4))
 
 
-# A check that needs more than 256 MB would kill the instance.
+# A check that needs more than 256 MB would kill the instance. A digest that was cut
+# would let wrong passwords in, so each has its full length.
 _SCRYPT_COST = r"ln=(1[0-7]|[1-9]),r=(1[0-6]|[1-9]),p=([1-9])"
-_B64 = r"((?:[A-Za-z\d+/]{4})*[A-Za-z\d+/]{2,4})"
+_SALT = r"((?:[A-Za-z\d+/]{4}){2,20}[A-Za-z\d+/]{2,4})"
+_DIGEST = r"\$([./\dA-Za-z]{%d})"  # in crypt's own base64
 _SCHEMES: tuple[tuple[str, Compute], ...] = (
-    (rf"\$scrypt\${_SCRYPT_COST}\${_B64}\${_B64}", _scrypt),
+    (rf"\$scrypt\${_SCRYPT_COST}\${_SALT}\$([A-Za-z\d+/]{{43}})", _scrypt),
     (r"\{SHA\}([A-Za-z\d+/]{27}=)", _sha1),
-    (r"\$(apr1|1)\$([^$]{0,8})\$([./\w]{22})", _md5_crypt),
-    (r"\$(5)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{43})", _sha_crypt),
-    (r"\$(6)\$(?:rounds=(\d{1,7})\$)?([^$]{0,16})\$([./\w]{86})", _sha_crypt),
-    (r"(\$2[abxy]\$(?:0[4-9]|[12]\d|3[01])\$[./\w]{53})", _bcrypt),
+    (r"\$(apr1|1)\$([^$]{1,8})" + _DIGEST % 22, _md5_crypt),
+    (r"\$(5)\$(?:rounds=(\d{1,7})\$)?([^$]{1,16})" + _DIGEST % 43, _sha_crypt),
+    (r"\$(6)\$(?:rounds=(\d{1,7})\$)?([^$]{1,16})" + _DIGEST % 86, _sha_crypt),
+    (r"(\$2[abxy]\$(?:0[4-9]|[12]\d|3[01])\$[./\dA-Za-z]{53})", _bcrypt),
 )
+# The formats that a message may name. Anything else may be a part of a password.
+_NAMED = r"\$(scrypt|apr1|sha1|2[abxy]|[156y]|argon2i?d?|pbkdf2-sha\d+)\$|\{S?SHA\}"
 
 
 def password_check(stored: str, where: str) -> Check:
@@ -663,14 +663,14 @@ def password_check(stored: str, where: str) -> Check:
             if compute is _bcrypt and not find_spec("bcrypt"):
                 need = "a bcrypt hash needs the package bcrypt"
                 raise SettingsError(f"{where}: {need}. pip install bcrypt, or {again}")
-            return partial(_is_right, compute, match.groups())
+            return partial(_matches, compute, match.groups())
     kind = "DES crypt hash" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
-    if match := re.match(r"\$[^$]*\$|\{\w+\}", stored):
+    if match := re.match(_NAMED, stored, re.ASCII):
         kind = f"{match[0]} hash"
     raise SettingsError(f"{where}: this {kind} cannot be used; {again}")
 
 
-def _is_right(compute: Compute, groups: Sequence[str], password: bytes) -> bool:
+def _matches(compute: Compute, groups: Sequence[str], password: bytes) -> bool:
     return hmac.compare_digest(compute(password, *groups), groups[-1])
 
 
@@ -679,16 +679,23 @@ class Logins(NamedTuple):
 
     state: object
     checks: dict[str, Check]  # by user
-    verified: dict[bytes, str]  # user by keyed hash of the credentials
+    verified: dict[str, bytes]  # keyed hash of the last right login, by user
 
 
 class Users:
     """Verifies users, from a mapping of user to hash or from an htpasswd file."""
 
     def __init__(self, source: Mapping[str, str] | Path | None) -> None:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
         self._path = source if isinstance(source, Path) else None
+        file = self._path or "FILE"
+        self.advice = f"Add one with: python pypi_ae.py passwd {file} USER"
         self._secret = os.urandom(32)
-        self._one_at_a_time = threading.Lock()  # a check takes 16 MiB or more
+        self._paid_until = [0.0] * COUNTS  # monotonic seconds; a failure puts it off
+        self._pool = ThreadPoolExecutor(1)  # a check takes 16 MiB or more
+        self._running: dict[bytes, Future[bool]] = {}
+        self._lock = threading.Lock()
         users = source.items() if isinstance(source, Mapping) else ()
         checks = {user: password_check(h, f"user {user!r}") for user, h in users}
         self._logins = Logins(None, checks, {})
@@ -697,33 +704,52 @@ class Users:
     def logins(self) -> Logins:
         """Return the users. A file that has changed is read again."""
         if self._path and (state := file_state(self._path)) != self._logins.state:
+            # A file that was just written may change again and keep its state.
+            known = state and _is_settled(state[1], time.time_ns()) and state
             text = self._path.read_text("utf-8", "replace") if state else ""
             checks = dict(_read_users(text, self._path.name))
-            self._logins = Logins(state, checks, {})
+            self._logins = Logins(known, checks, {})
         return self._logins
 
-    def verify(self, header: str) -> str:
+    def verify(self, header: str, address: str) -> str:
         """Return the user of a Basic Authorization header (RFC 7617).
 
-        Raises 401 if the credentials are missing or wrong, 403 if there are no users.
+        Raises 401 if the credentials are missing or wrong, 403 if there are no users,
+        429 after many wrong passwords, 503 if many logins wait for their check.
         """
         logins = self.logins()
         if not logins.checks:
-            raise HTTPError(403, NO_USERS)
-        credentials = header.encode("latin-1", "replace")[: MAX_AUTHORIZATION + 1]
-        key = hashlib.blake2b(credentials, key=self._secret, digest_size=16).digest()
-        if user := logins.verified.get(key):
+            raise HTTPError(403, f"This needs a user, but there is none. {self.advice}")
+        user, password = _basic(header.encode("latin-1", "replace"))
+        login = user.encode() + b":" + password
+        key = hashlib.blake2b(login, key=self._secret, digest_size=16).digest()
+        if logins.verified.get(user) == key:
             return user
-        user, password = _basic(credentials)
-        # For an unknown user, the check of another user takes the same time.
-        decoys = list(logins.checks.values())
-        decoy = decoys[zlib.crc32(user.encode() + self._secret) % len(decoys)]
-        with self._one_at_a_time:
-            right = logins.checks.get(user, decoy)(password)
-        if not right or user not in logins.checks:
-            raise _unauthorized(f"The password for user {user!r} is not right.")
-        logins.verified[key] = user
-        return user
+        place, now = hash((self._secret, address, user)) % COUNTS, time.monotonic()
+        wait = self._paid_until[place] - now - (GUESSES - 1) * GUESS_SECONDS
+        if wait > 0:
+            why = "Too many wrong passwords. Try again later."
+            raise HTTPError(429, why, Retry_After=str(int(wait) + 1))
+        # The same check stands in for every unknown user, and takes its time.
+        check = logins.checks.get(user) or next(iter(logins.checks.values()))
+        if self._is_right(key, check, password) and user in logins.checks:
+            logins.verified[user] = key
+            return user
+        self._paid_until[place] = max(self._paid_until[place], now) + GUESS_SECONDS
+        raise _unauthorized(f"The password for user {user[:200]!r} is not right.")
+
+    def _is_right(self, key: bytes, check: Check, password: bytes) -> bool:
+        """Check a password. Requests with the same login share one check."""
+        with self._lock:
+            running = {k: it for k, it in self._running.items() if not it.done()}
+            if key not in running and len(running) < MAX_CHECKS:
+                running[key] = self._pool.submit(check, password)
+            self._running = running
+        try:
+            return running[key].result(MAX_CHECK_SECONDS)
+        except (KeyError, TimeoutError):
+            why = "Too many passwords are being checked. Try again."
+            raise HTTPError(503, why, Retry_After="5") from None
 
 
 def file_state(path: Path | str | int) -> State | None:
@@ -734,6 +760,17 @@ def file_state(path: Path | str | int) -> State | None:
         return None
     is_file = stat.S_ISREG(status.st_mode)
     return (status.st_size, status.st_mtime_ns, status.st_ino) if is_file else None
+
+
+def _is_settled(mtime: int, now: int) -> bool:
+    """Would a change after `now` show in this mtime (both in nanoseconds)?
+
+    Linux stamps in ticks of at most 10 ms, FAT and some network file systems in full
+    seconds. A second change within one tick does not change the mtime. A time that is
+    still to come was set by hand, or by another clock.
+    """
+    tick = 20_000_000 if mtime % 1_000_000_000 else 2_000_000_000
+    return mtime < now - tick or mtime > time.time_ns() + tick
 
 
 def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
@@ -748,8 +785,6 @@ def _read_users(text: str, name: str) -> Iterator[tuple[str, Check]]:
 
 def _basic(credentials: bytes) -> tuple[str, bytes]:
     """Split Basic credentials into user and password; raise 401 if that fails."""
-    if not credentials:
-        raise _unauthorized("This needs a user and a password (HTTP Basic).")
     scheme, _, encoded = credentials.partition(b" ")
     try:
         if scheme.lower() != b"basic" or len(credentials) > MAX_AUTHORIZATION:
@@ -758,7 +793,7 @@ def _basic(credentials: bytes) -> tuple[str, bytes]:
         user, password = pair.split(":", 1)
         return user, password.encode()
     except ValueError:  # binascii.Error and UnicodeDecodeError are subclasses
-        raise _unauthorized("The Authorization header is not HTTP Basic.") from None
+        raise _unauthorized("This needs a user and a password (HTTP Basic).") from None
 
 
 def _text(sent: bytes) -> str:
@@ -1238,6 +1273,10 @@ class Index:
 
     # What handlers read...
 
+    def count(self) -> int:
+        """The projects that are known now, without a look at the store."""
+        return len(self._root.found.projects) if self._root else 0
+
     def core_metadata(self, dist: Distribution) -> bytes:
         """METADATA of a wheel. It is read from the end: one ranged read, rarely two."""
         digest = dist.facts.core_metadata
@@ -1624,17 +1663,6 @@ def make_folder(path: Path) -> None:
         raise SettingsError(f"{why}. Set LOCAL_PACKAGE_DIRECTORY (DIR).") from fault
 
 
-def _is_settled(mtime: int, now: int) -> bool:
-    """Would a change after `now` show in this mtime (both in nanoseconds)?
-
-    Linux stamps in ticks of at most 10 ms, FAT and some network file systems in full
-    seconds. A second change within one tick does not change the mtime. A time that is
-    still to come was set by hand, or by another clock.
-    """
-    tick = 20_000_000 if mtime % 1_000_000_000 else 2_000_000_000
-    return mtime < now - tick or mtime > time.time_ns() + tick
-
-
 def _read_yank(path: str) -> str:
     """Return the reason of a yank: the text of <file>.yanked, at most 1,000 letters."""
     try:
@@ -1910,6 +1938,7 @@ HTML_V1 = "application/vnd.pypi.simple.v1+html"
 HTML = "text/html"
 OFFERS = (JSON, HTML_V1, HTML)  # the order of preference among equals
 LATEST = {kind.replace("v1", "latest"): kind for kind in (JSON, HTML_V1)}
+MAX_ACCEPT = 1024  # letters that are read, as caches keep them; clients send some 200
 Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
 Render = Callable[[Source], str]
 
@@ -1960,9 +1989,10 @@ def page_response(
 ) -> Response:
     """Answer a page in the representation that is asked for, or 304."""
     environ = request.environ
-    query, accept = environ.get("QUERY_STRING"), environ.get("HTTP_ACCEPT", "")
+    query = environ.get("QUERY_STRING", "")[:MAX_ACCEPT]
+    accept = environ.get("HTTP_ACCEPT", "")[:MAX_ACCEPT]
     kind = requested_type(query, accept) if query else negotiate(accept)
-    gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", ""))
+    gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")[:MAX_ACCEPT])
     answer = source.answers.get((kind, gzip))
     if answer is None:
         text = to_json(source) if kind == JSON else to_html(source)
@@ -1991,7 +2021,7 @@ def render(body: bytes, kind: str, *, gzip: bool) -> Answer:
 
 def _names_tag(header: str, tag: str) -> bool:
     """Does If-None-Match name this tag (RFC 9110, 13.1.2: weak comparison)?"""
-    return header in (tag, "*") or tag in re.findall(r'"[^"]*"', header)
+    return header in (tag, "*") or tag in re.findall(r'"[^"]*"', header[:MAX_HEADER])
 
 
 def escape(text: str) -> Html:
@@ -2146,7 +2176,7 @@ def metadata_response(app: App, request: Request, dist: Distribution) -> Respons
     except ArchiveError as fault:
         why = f"{dist.filename} has no core metadata: {fault}."
         raise HTTPError(404, why) from fault
-    return body_response("200 OK", TEXT, body, *headers, NOSNIFF)
+    return body_response("200 OK", TEXT, body, *headers)
 
 
 def _lifetime(app: App) -> str:
@@ -2690,7 +2720,7 @@ def start_page(app: App, request: Request) -> Response:
     values = {"URL": base, "PACKAGES": f"{base}packages/", "SIMPLE": f"{base}simple/"}
     values["VERSION"] = __version__
     if "{{NUMPKGS}}" in page:
-        values["NUMPKGS"] = str(len(app.index.root(request.started).found.projects))
+        values["NUMPKGS"] = str(app.index.count())
     for name, value in values.items():
         page = page.replace("{{" + name + "}}", escape(value))
     return plain_response(f"{HTML}; charset=utf-8", page)
@@ -2761,6 +2791,7 @@ class Route(NamedTuple):
     handler: Handler
 
 
+NO_PROJECTS = ("/favicon.ico", "/robots.txt")  # browsers and crawlers ask for these
 UPLOADS = ("/", "/legacy/", "/simple/", "/pypi/")  # where clients send them
 ROUTES = (
     Route("GET", "/", None, start_page),
@@ -2807,7 +2838,7 @@ class Router:
         if not methods:
             raise HTTPError(404, f"There is nothing at {path!r}.")
         allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
-        raise HTTPError(405, f"{method} is not allowed here; {allow} is.", Allow=allow)
+        raise HTTPError(405, f"{method[:99]} is not allowed; {allow} is.", Allow=allow)
 
 
 def _pattern(path: str) -> re.Pattern[str]:
@@ -2816,13 +2847,21 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
     project = to_project(args["project"]) if "project" in args else Project("")
-    if project is None:
+    if project is None or path in NO_PROJECTS:
         raise HTTPError(404, f"{args['project']!r} is not a project's name (PEP 508).")
     canonical = route.path.format(**args | {"project": project})
     if route.method != "GET" or route.action == "download" or canonical == path:
         return route, project, args, ""
     location = quote(canonical.encode("latin-1", "replace"), safe="/+!")
     return route, project, args, relative(path, location)
+
+
+def _is_cross_site(request: Request) -> bool:
+    """Did a page of another site send this? Browsers add the password by themselves."""
+    if site := request.header("Sec-Fetch-Site"):
+        return site not in ("same-origin", "none")
+    origin, host = request.header("Origin"), request.base_url().split("/")[2]
+    return bool(origin) and origin.partition("://")[2].lower() != host.lower()
 
 
 class App:
@@ -2843,8 +2882,9 @@ class App:
     ) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO") or "/"
         request = Request(environ, method, path, time.monotonic())
+        request.behind_proxy = self.settings.behind_proxy
         response = self.respond(request)
-        start_response(response.status, list(response.headers))
+        start_response(response.status, [*response.headers, NOSNIFF])
         return response.body if method != "HEAD" else ()
 
     def respond(self, request: Request) -> Response:
@@ -2873,6 +2913,8 @@ class App:
         match = self._router.match(method, request.path)
         route, request.project, request.args, location = match
         request.route = route
+        if request.method == "POST" and _is_cross_site(request):
+            raise HTTPError(403, "A page of another site sent this; nothing was done.")
         if route.action in self.settings.authenticate:
             self._authorize(request)
         if location:
@@ -2888,23 +2930,29 @@ class App:
 
     def _authorize(self, request: Request) -> None:
         try:
-            request.user = self.users.verify(request.header("Authorization"))
+            header = request.header("Authorization")
+            request.user = self.users.verify(header, self._address(request))
         except (SettingsError, OSError) as fault:  # the file was edited, and is broken
             log.error("%s", fault)
             why = "The file of users cannot be used; the server's log says why."
             raise HTTPError(503, why, Retry_After="60") from fault
 
+    def _address(self, request: Request) -> str:
+        """The client's address: the last one, as a proxy adds it at the end."""
+        value = request.environ.get(self.settings.address_key, "")
+        return one_line(value[-100:]).rpartition(",")[2].strip()
+
     def _refuse(self, request: Request, why: HTTPError) -> Response:
         if request.method not in ("GET", "HEAD"):
             drain(request)
-        if why.status in (401, 403) or request.method == "POST":
+        if why.status in (401, 403, 429) or request.method == "POST":
             self._log(logging.WARNING, request, f"refused with {why.status}: {why}")
         return text_response(why.status, why.message, *why.headers)
 
     def _log(self, level: int, request: Request, what: str, **more: Any) -> None:
-        who = request.user or request.environ.get("REMOTE_ADDR", "")
+        who = request.user or self._address(request)
         project = self.settings.cloud_project
-        trace = request.header("X-Cloud-Trace-Context").split("/")[0]
+        trace = request.environ.get("HTTP_X_CLOUD_TRACE_CONTEXT", "")[:99].split("/")[0]
         if trace and project:
             trace = f"projects/{project}/traces/{trace}"
         extra = {"cloud": {"logging.googleapis.com/trace": trace}}
@@ -2947,16 +2995,19 @@ def get_app(
     """
     if root:
         settings["local_package_directory"] = root
-    values = {name.upper(): _as_text(value) for name, value in settings.items()}
+    values = {name.upper(): _as_text(name, it) for name, it in settings.items()}
     if unknown := sorted(values.keys() - DEFAULTS.keys()):
         why = f"get_app() takes no {unknown[0].lower()!r}"
         raise SettingsError(f"{why}, but {', '.join(DEFAULTS).lower()}.")
-    checked = Settings.from_env({**os.environ, **values})
+    checked = Settings({**os.environ, **values})
+    if not isinstance(users, (Mapping, type(None))):
+        raise SettingsError(
+            f"users is {users!r:.200}; it takes a dict of user to hash."
+        )
     who = Users(users if users is not None else checked.password_file)
     if checked.authenticate - {"update"} and not who.logins().checks:
         actions = ", ".join(sorted(checked.authenticate))
-        need = "set PASSWORD_FILE (-P), made by: python pypi_ae.py passwd FILE USER"
-        raise _bad("AUTHENTICATE", actions, f"there are no users: {need}")
+        raise _bad("AUTHENTICATE", actions, f"there are no users. {who.advice}")
     _set_up_log(hosted=checked.hosted)
     store: Store = _cloud(checked) if checked.bucket_name else Directory(checked.root)
     if checked.remote and not checked.bucket_name:
@@ -2965,6 +3016,8 @@ def get_app(
     app = App(checked, Index(store), who)
     if not checked.bucket_name:  # a directory that cannot be read is noticed now
         app.index.root(time.monotonic())
+    if checked.root.exists() and not os.access(checked.root, os.W_OK):
+        log.warning("%s cannot be written: uploads will fail", checked.root)
     return app
 
 
@@ -2974,9 +3027,11 @@ def place_of(settings: Settings) -> str:
     return cloud if settings.bucket_name else root
 
 
-def _as_text(value: object) -> str:
+def _as_text(name: str, value: object) -> str:
     if isinstance(value, (list, tuple, set, frozenset)):
-        return ",".join(map(str, value))
+        return ",".join(_as_text(name, item) for item in value)
+    if not isinstance(value, (str, Path, int, float, type(None))):
+        raise _bad(name, repr(value), "it takes text, a path, a number, or a list")
     return "" if value is None else str(value)
 
 
@@ -2997,11 +3052,18 @@ def _cloud(settings: Settings) -> Cloud:
 # The flags are those of pypiserver, as far as they make sense. Each one sets a keyword
 # of get_app, so flags, keywords and environment are checked in the same way.
 
-FLAGS = (
-    (("-P", "--passwords"), "password_file", "file of users, in htpasswd format"),
-    (("-a", "--authenticate"), "authenticate", "actions that need a user, or ."),
-    (("--health-endpoint",), "health_endpoint", "path that answers Ok (/health)"),
-    (("--welcome",), "welcome_file", "HTML file of the start page"),
+UNUSED = "--backend --cache-control --hash-algo --server"  # what they set is fixed here
+FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("-p --port", {"help": "port (8080)"}),
+    ("-i -H --interface --host", {"dest": "host", "help": "address (127.0.0.1)"}),
+    ("-P --passwords", {"dest": "password_file", "help": "users, in htpasswd format"}),
+    ("-a --authenticate", {"help": "actions that need a user, or ."}),
+    ("--health-endpoint", {"help": "path that answers Ok (/health)"}),
+    ("--welcome", {"dest": "welcome_file", "help": "HTML file of the start page"}),
+    ("-o --overwrite", {"action": "store_true", "help": "uploads may replace files"}),
+    ("-v --verbose", {"action": "store_true", "help": "log all requests"}),
+    (UNUSED, {"dest": "unused", "help": "flags of pypiserver that change nothing"}),
+    ("--log-file --server-base-url", {"dest": "more", "help": "refused, with advice"}),
 )
 
 
@@ -3017,12 +3079,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _port(text: str) -> int:
-    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or int(text) > 65535:
-        raise SettingsError(f"The port is {text!r}; it takes a number up to 65535.")
-    return int(text)
-
-
 def run(arguments: Sequence[str]) -> int:
     """Serve until interrupted: python pypi_ae.py [run] [DIR] [flags]."""
     import argparse
@@ -3031,28 +3087,29 @@ def run(arguments: Sequence[str]) -> int:
     layout["argument_default"] = argparse.SUPPRESS  # a flag not given sets nothing
     parser = argparse.ArgumentParser("pypi_ae.py", description=__doc__, **layout)
     parser.add_argument("root", nargs="?", metavar="DIR", help="packages (./packages)")
-    port = os.environ.get("PORT", "8080")
-    parser.add_argument("-p", "--port", default=port, help="port (8080)")
-    host = ("-i", "-H", "--interface", "--host")
-    parser.add_argument(*host, dest="host", default="127.0.0.1", help="127.0.0.1")
-    for names, setting, text in FLAGS:
-        parser.add_argument(*names, dest=setting, help=text, metavar="VALUE")
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
+    for names, options in FLAGS:
+        parser.add_argument(*names.split(), **options)
     fallback = parser.add_mutually_exclusive_group()
     text = "redirect unknown projects to this index"
     fallback.add_argument("--fallback-url", help=text, metavar="VALUE")
     off: dict[str, Any] = {"action": "store_const", "const": "", "help": "the default"}
     fallback.add_argument("--disable-fallback", dest="fallback_url", **off)
-    parser.add_argument("-o", "--overwrite", action="store_const", const="yes")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log all requests")
     given = vars(parser.parse_args(arguments))
-    address = given.pop("host"), _port(given.pop("port"))
+    if given.pop("more", None):
+        why = "leave out a second DIR, --log-file (use 2>FILE) and --server-base-url"
+        raise SettingsError(f"{why} (set BEHIND_PROXY).")
+    if given.pop("unused", None):
+        print(f"These change nothing here: {UNUSED}", file=sys.stderr)
+    port = given.pop("port", os.environ.get("PORT", "8080"))
+    host = given.pop("host", "127.0.0.1")
     verbose = given.pop("verbose", False)
     app = get_app(**given)
     app.verbose = verbose
-    return serve(app, *address)
+    return serve(app, host, port)
 
 
-def serve(app: App, host: str, port: int) -> int:
+def serve(app: App, host: str, port: str) -> int:
     """Answer requests with wsgiref, each in a thread, until interrupted."""
     import socketserver
     from wsgiref import simple_server
@@ -3067,7 +3124,11 @@ def serve(app: App, host: str, port: int) -> int:
         def log_message(self, *_: object) -> None:
             """Log nothing here: the app has its own log."""
 
-    server = simple_server.make_server(host, port, app, Server, QuietHandler)
+    try:
+        server = simple_server.make_server(host, int(port), app, Server, QuietHandler)
+    except (OSError, ValueError, OverflowError) as fault:
+        why = f"Cannot listen on {host!r}, port {port!r}: {fault}"
+        raise SettingsError(f"{why}. Choose others with -i and -p.") from fault
     print(start_message(app, host, server.server_port), flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -3078,11 +3139,9 @@ def start_message(app: App, host: str, port: int) -> str:
     """Say what is served, where, who may upload, and which commands to use."""
     shown = "localhost" if host in ("", "0.0.0.0", "::") else host
     url, users = f"http://{shown}:{port}/", sorted(app.users.logins().checks)
-    uploads = ", ".join(users[:5]) + (" ..." if users[5:] else "")
+    uploads = ", ".join(users) or f"nobody yet. {app.users.advice}"
     if "update" not in app.settings.authenticate:
         uploads = "anybody"
-    elif not users:
-        uploads = "nobody yet; python pypi_ae.py passwd htpasswd.txt USER  adds a user"
     return (
         f"pypi_ae {__version__} serves {place_of(app.settings)} at {url}\n"
         f"  install:  pip install --index-url {url}simple/ PROJECT\n"
@@ -3117,18 +3176,19 @@ def set_password(arguments: Sequence[str]) -> int:
     parser.add_argument("user", metavar="USER")
     parser.add_argument("--stdin", action="store_true", help="read the password there")
     given = parser.parse_args(arguments)
-    valid = re.fullmatch(r"[^\s:#]([^:]*[^\s:])?", given.user)
-    if not valid or not given.user.isprintable():
-        rule = "a user has no colon, no # first, and no space first or last"
-        raise SettingsError(f"{given.user!r} cannot be a user: {rule}.")
-    if given.stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
-    else:
-        password = getpass.getpass(f"Password for {given.user}: ")
-        if password != getpass.getpass("The same again: "):
-            raise SettingsError("The two passwords differ; nothing was changed.")
+    valid = re.fullmatch(r"[^\s:#]([^:]*[^\s:])?(?<!\.txt)", given.user)
+    if not valid or not given.user.isprintable() or os.path.exists(given.user):
+        rule = "a user is no file, has no colon, no # first, no space first or last"
+        raise SettingsError(f"{given.user!r} cannot be USER: {rule}.")
+    password = ""
+    # Ctrl-C, Ctrl-D, and a standard input that is closed, which makes it None.
+    with contextlib.suppress(KeyboardInterrupt, EOFError, AttributeError):
+        if given.stdin:
+            password = sys.stdin.readline().rstrip("\r\n")
+        elif (typed := getpass.getpass()) == getpass.getpass("The same again: "):
+            password = typed
     if not password:
-        raise SettingsError("The password is empty; nothing was changed.")
+        raise SettingsError("No password, or two that differ; nothing was changed.")
     _write_user(given.file, given.user, hash_password(password))
     print(f"{given.file}: user {given.user!r} is set.")
     return 0
@@ -3139,8 +3199,8 @@ def _write_user(path: Path, user: str, stored: str) -> None:
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if line.partition(":")[0].strip() != user]
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    new = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in (*kept, f"{user}:{stored}"))
     os.replace(new, path)

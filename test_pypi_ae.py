@@ -469,7 +469,8 @@ def first_calls(act: Callable[[], object]) -> list[str]:
 def prefixed(root: Path, request: pytest.FixtureRequest) -> Client:
     """An app below a prefix: a proxy strips /index, a server mounts it at /outer."""
     proxy = "/index" if "/index" in request.param else ""
-    return Client(make_app(root), mount=request.param.removeprefix(proxy), proxy=proxy)
+    app = make_app(root, behind_proxy=bool(proxy))
+    return Client(app, mount=request.param.removeprefix(proxy), proxy=proxy)
 
 
 @pytest.fixture
@@ -1649,7 +1650,7 @@ def test_bad_setting_is_refused_by_name(name: str, value: str) -> None:
     """PASSWORD_FILE=. says that there are no passwords, but uploads need a user."""
     says = "-a" if (name, value) == ("PASSWORD_FILE", ".") else name
     with pytest.raises(SettingsError, match=says) as caught:
-        Settings.from_env({name: value})
+        Settings({name: value})
     assert len(str(caught.value).split()) >= 5
     with pytest.raises(SettingsError, match=says):
         get_app(root="r", users={}, **{name.lower(): value})
@@ -1666,14 +1667,15 @@ def test_unknown_and_contradictory_keywords_are_refused(client: Client) -> None:
 
 def test_settings_have_the_documented_defaults(root: Path) -> None:
     """Also if a variable is empty: that opens no index for writing."""
-    settings = Settings.from_env({})
+    settings = Settings({})
     assert settings.root.name == "packages"
     assert settings.authenticate == {"update"}
     assert (settings.fallback_url, settings.private_names) == ("", ())
     assert (settings.overwrite, settings.max_upload) == (False, 0)
     assert settings.health_endpoint == "/health"
-    assert Settings.from_env({"GAE_ENV": "standard"}).max_upload == 32_000_000
-    assert Settings.from_env(dict.fromkeys(pypi_ae.DEFAULTS, "")) == settings
+    assert Settings({"GAE_ENV": "standard"}).max_upload == 32_000_000
+    empty = Settings(dict.fromkeys(pypi_ae.DEFAULTS, ""))
+    assert vars(empty) == vars(settings)
     app = get_app(root=root, authenticate=None)
     assert Client(app).upload(WHEEL, make_wheel()).status == 403
 
@@ -1833,7 +1835,8 @@ def test_links_survive_a_prefix(prefixed: Client) -> None:
 
 
 @pytest.mark.parametrize("evil", ['"><script>', "a b", "x\u00e9", "a@b,<>"])
-def test_forwarded_host_that_is_none_is_ignored(client: Client, evil: str) -> None:
+def test_forwarded_host_that_is_none_is_ignored(root: Path, evil: str) -> None:
+    client = Client(make_app(root, behind_proxy=True))
     answer = client.get("/", x_forwarded_host=evil, x_forwarded_prefix=evil)
     assert "http://127.0.0.1/simple/" in answer.text
 
@@ -1992,7 +1995,8 @@ URLS = {
     "list, download, update",
 ])  # fmt: skip
 def test_authenticate_guards_actions(root: Path, actions: str) -> None:
-    app = get_app(root=root, users=SHA, authenticate=actions or ".")
+    more = "" if "update" in actions else ",anonymous-update"
+    app = get_app(root=root, users=SHA, authenticate=actions + more)
     stranger, ada = Client(app), Client(app, login=ADA)
     form = upload_form(WHEEL, make_wheel())
     assert stranger.post(form).status == (401 if "update" in actions else 200)
@@ -2039,7 +2043,8 @@ def test_users_file_is_read_again_when_it_changes(root: Path, caplog: Log) -> No
 
 def test_wrong_logins_cost_the_same_and_a_right_one_is_kept(root: Path) -> None:
     """Unknown users cannot be told from wrong passwords by the clock."""
-    app = get_app(root=root, users={"ada": hash_password("x")}, authenticate="list")
+    users = {"ada": hash_password("x")}
+    app = get_app(root=root, users=users, authenticate="list,update")
 
     def cost(login: str) -> float:
         start = time.perf_counter()
@@ -3596,7 +3601,7 @@ def test_store_that_fails_is_a_503(
 
 def test_two_apps_with_different_settings_live_in_one_process(tmp_path: Path) -> None:
     one = Client(make_app(tmp_path / "one", overwrite=True))
-    two = Client(get_app(root=tmp_path / "two", users=SHA, fallback_url="http://up/"))
+    two = Client(get_app(root=tmp_path / "two", users=SHA, fallback_url="http://up/x"))
     other = make_wheel(code=b"other")
     assert one.upload(WHEEL, make_wheel()).status == 200
     assert one.upload(WHEEL, other).status == 200
