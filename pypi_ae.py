@@ -1980,7 +1980,8 @@ def takes_gzip(accept_encoding: str) -> bool:
 
 def requested_type(query: str, accept: str) -> str:
     """What ?format= says, else what Accept says."""
-    formats = parse_qs(query.replace("+", "%2B")).get("format")  # v1+json
+    query = query[:MAX_ACCEPT].replace("+", "%2B")  # v1+json
+    formats = parse_qs(query).get("format")
     return negotiate(formats[-1] if formats else accept)
 
 
@@ -1989,8 +1990,8 @@ def page_response(
 ) -> Response:
     """Answer a page in the representation that is asked for, or 304."""
     environ = request.environ
-    query = environ.get("QUERY_STRING", "")[:MAX_ACCEPT]
-    accept = environ.get("HTTP_ACCEPT", "")[:MAX_ACCEPT]
+    query, accept = environ.get("QUERY_STRING"), environ.get("HTTP_ACCEPT", "")
+    accept = accept[:MAX_ACCEPT]
     kind = requested_type(query, accept) if query else negotiate(accept)
     gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")[:MAX_ACCEPT])
     answer = source.answers.get((kind, gzip))
