@@ -251,8 +251,7 @@ def _number(values: Mapping[str, str], name: str) -> float:
 
 def _url(url: str) -> str:
     if url and not re.fullmatch(r"https?://[^\s/?#]+/+[^\s/?#][^\s?#]*", url):
-        rule = "it takes an http(s) URL with the path of an index, often /simple"
-        raise _bad("FALLBACK_URL", url, rule)
+        raise _bad("FALLBACK_URL", url, "it takes an http(s) URL with a path: /simple")
     return url.rstrip("/")
 
 
@@ -612,10 +611,9 @@ def _sha_crypt(password: bytes, kind: str, rounds: str, salt: str, digest: str) 
     p = _fill(hashlib.new(name, password * length).digest(), length)
     s = _fill(hashlib.new(name, salted * (16 + mixed)).digest(), len(salted))
     hashed = _stir(name, start, p, s, min(max(int(rounds or 5000), 1000), 999_999_999))
-    third = len(hashed) // 3
-    turn = -1 if kind == "5" else 1
-    starts = [[third * ((k + turn * i) % 3) for k in range(3)] for i in range(third)]
-    text = "".join(_to64(hashed, *(i + k for k in it)) for i, it in enumerate(starts))
+    n, turn = len(hashed) // 3, -1 if kind == "5" else 1
+    places = [[i + n * ((k + turn * i) % 3) for k in range(3)] for i in range(n)]
+    text = "".join(_to64(hashed, *it) for it in places)
     return text + (_to64(hashed, 31, 30)[:3] if kind == "5" else _to64(hashed, 63)[:2])
 
 
@@ -664,9 +662,8 @@ def password_check(stored: str, where: str) -> Check:
                 need = "a bcrypt hash needs the package bcrypt"
                 raise SettingsError(f"{where}: {need}. pip install bcrypt, or {again}")
             return partial(_matches, compute, match.groups())
-    kind = "DES crypt hash" if re.fullmatch(r"[./\w]{13}", stored) else "plaintext"
-    if match := re.match(_NAMED, stored, re.ASCII):
-        kind = f"{match[0]} hash"
+    match = re.match(_NAMED, stored, re.ASCII)
+    kind = f"{match[0]} hash" if match else "plaintext or DES crypt hash"
     raise SettingsError(f"{where}: this {kind} cannot be used; {again}")
 
 
@@ -1938,7 +1935,7 @@ HTML_V1 = "application/vnd.pypi.simple.v1+html"
 HTML = "text/html"
 OFFERS = (JSON, HTML_V1, HTML)  # the order of preference among equals
 LATEST = {kind.replace("v1", "latest"): kind for kind in (JSON, HTML_V1)}
-MAX_ACCEPT = 1024  # letters that are read, as caches keep them; clients send some 200
+MOST = 1024  # letters of Accept that are read, as caches keep them; clients send 200
 Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
 Render = Callable[[Source], str]
 
@@ -1980,8 +1977,7 @@ def takes_gzip(accept_encoding: str) -> bool:
 
 def requested_type(query: str, accept: str) -> str:
     """What ?format= says, else what Accept says."""
-    query = query[:MAX_ACCEPT].replace("+", "%2B")  # v1+json
-    formats = parse_qs(query).get("format")
+    formats = parse_qs(query[:MOST].replace("+", "%2B")).get("format")  # v1+json
     return negotiate(formats[-1] if formats else accept)
 
 
@@ -1990,10 +1986,9 @@ def page_response(
 ) -> Response:
     """Answer a page in the representation that is asked for, or 304."""
     environ = request.environ
-    query, accept = environ.get("QUERY_STRING"), environ.get("HTTP_ACCEPT", "")
-    accept = accept[:MAX_ACCEPT]
+    query, accept = environ.get("QUERY_STRING"), environ.get("HTTP_ACCEPT", "")[:MOST]
     kind = requested_type(query, accept) if query else negotiate(accept)
-    gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")[:MAX_ACCEPT])
+    gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")[:MOST])
     answer = source.answers.get((kind, gzip))
     if answer is None:
         text = to_json(source) if kind == JSON else to_html(source)
@@ -2952,10 +2947,9 @@ class App:
 
     def _log(self, level: int, request: Request, what: str, **more: Any) -> None:
         who = request.user or self._address(request)
-        project = self.settings.cloud_project
         trace = request.environ.get("HTTP_X_CLOUD_TRACE_CONTEXT", "")[:99].split("/")[0]
-        if trace and project:
-            trace = f"projects/{project}/traces/{trace}"
+        if trace and self.settings.cloud_project:
+            trace = f"projects/{self.settings.cloud_project}/traces/{trace}"
         extra = {"cloud": {"logging.googleapis.com/trace": trace}}
         line = (request.method, request.path, who, one_line(what))
         log.log(level, "%s %r by %s: %s", *line, extra=extra, **more)
@@ -3071,7 +3065,7 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": run, "passwd": set_password, "tidy": tidy}
+    commands = {"run": run, "passwd": passwd, "tidy": tidy}
     name = arguments.pop(0) if arguments and arguments[0] in commands else "run"
     try:
         return commands[name](arguments)
@@ -3092,8 +3086,7 @@ def run(arguments: Sequence[str]) -> int:
     for names, options in FLAGS:
         parser.add_argument(*names.split(), **options)
     fallback = parser.add_mutually_exclusive_group()
-    text = "redirect unknown projects to this index"
-    fallback.add_argument("--fallback-url", help=text, metavar="VALUE")
+    fallback.add_argument("--fallback-url", help="simple index of unknown projects")
     off: dict[str, Any] = {"action": "store_const", "const": "", "help": "the default"}
     fallback.add_argument("--disable-fallback", dest="fallback_url", **off)
     given = vars(parser.parse_args(arguments))
@@ -3103,8 +3096,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.pop("unused", None):
         print(f"These change nothing here: {UNUSED}", file=sys.stderr)
     port = given.pop("port", os.environ.get("PORT", "8080"))
-    host = given.pop("host", "127.0.0.1")
-    verbose = given.pop("verbose", False)
+    host, verbose = given.pop("host", "127.0.0.1"), given.pop("verbose", False)
     app = get_app(**given)
     app.verbose = verbose
     return serve(app, host, port)
@@ -3166,13 +3158,12 @@ def tidy(arguments: Sequence[str]) -> int:
     return 0
 
 
-def set_password(arguments: Sequence[str]) -> int:
+def passwd(arguments: Sequence[str]) -> int:
     """Add a user to a file, or change a password; it is hashed with scrypt."""
     import argparse
     import getpass
 
-    about = set_password.__doc__
-    parser = argparse.ArgumentParser("pypi_ae.py passwd", description=about)
+    parser = argparse.ArgumentParser("pypi_ae.py passwd", description=passwd.__doc__)
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("user", metavar="USER")
     parser.add_argument("--stdin", action="store_true", help="read the password there")
