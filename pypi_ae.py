@@ -540,8 +540,9 @@ def already_exists(request: Request, filename: str) -> HTTPError:
 
 # ---- 5. Users and passwords ----------------------------------------------------------
 # The htpasswd file is read again when it changes, and all its lines are checked. One
-# table maps each hash format to the function that computes it. Verified logins are
-# remembered in memory, by a keyed hash, until the file changes.
+# table maps each hash format to the function that computes it. The last right login of
+# each user is remembered in memory, by a keyed hash, until the file changes. Checks of
+# others wait in one short line, so that guesses take neither threads nor memory.
 
 # A check takes 16 MiB (2**14 * 8 * 128 bytes) and about 40 ms. Only one runs at a time.
 SCRYPT_LN = 14
@@ -691,7 +692,7 @@ class Users:
         self._secret = os.urandom(32)
         self._paid_until = [0.0] * COUNTS  # monotonic seconds; a failure puts it off
         self._pool = ThreadPoolExecutor(1)  # a check takes 16 MiB or more
-        self._running: dict[bytes, Future[bool]] = {}
+        self._running: dict[tuple[bytes, Check], Future[bool]] = {}
         self._lock = threading.Lock()
         users = source.items() if isinstance(source, Mapping) else ()
         checks = {user: password_check(h, f"user {user!r}") for user, h in users}
@@ -729,21 +730,21 @@ class Users:
             raise HTTPError(429, why, Retry_After=str(int(wait) + 1))
         # The same check stands in for every unknown user, and takes its time.
         check = logins.checks.get(user) or next(iter(logins.checks.values()))
-        if self._is_right(key, check, password) and user in logins.checks:
+        if self._is_right((key, check), password) and user in logins.checks:
             logins.verified[user] = key
             return user
         self._paid_until[place] = max(self._paid_until[place], now) + GUESS_SECONDS
         raise _unauthorized(f"The password for user {user[:200]!r} is not right.")
 
-    def _is_right(self, key: bytes, check: Check, password: bytes) -> bool:
+    def _is_right(self, login: tuple[bytes, Check], password: bytes) -> bool:
         """Check a password. Requests with the same login share one check."""
         with self._lock:
             running = {k: it for k, it in self._running.items() if not it.done()}
-            if key not in running and len(running) < MAX_CHECKS:
-                running[key] = self._pool.submit(check, password)
+            if login not in running and len(running) < MAX_CHECKS:
+                running[login] = self._pool.submit(login[1], password)
             self._running = running
         try:
-            return running[key].result(MAX_CHECK_SECONDS)
+            return running[login].result(MAX_CHECK_SECONDS)
         except (KeyError, TimeoutError):
             why = "Too many passwords are being checked. Try again."
             raise HTTPError(503, why, Retry_After="5") from None
