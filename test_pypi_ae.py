@@ -492,8 +492,8 @@ class SlowHash:
 STEPS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
-def upload_and_die(root: Path, body: bytes, steps: int, **settings: Any) -> bool:
-    """Upload in a child that is killed at its so many-th step; did it get that far?"""
+def die(root: Path, act: Callable[[Client], object], steps: int, **more: Any) -> bool:
+    """Do it in a child that is killed at its so many-th step; did it get that far?"""
     child = os.fork()
     if not child:
         left = [steps]
@@ -504,11 +504,10 @@ def upload_and_die(root: Path, body: bytes, steps: int, **settings: Any) -> bool
                 if left[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        client = Client(make_app(root, **settings))
+        client = Client(make_app(root, **more))
         sys.addaudithook(step)
-        half = Body(body, len(body) // 2, lambda: step("open", None))
         try:
-            client.send("POST", "/", half, **MULTIPART)
+            act(client)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -2976,11 +2975,16 @@ def test_crash_leaves_the_old_or_the_new(tmp_path: Path, folder: str | None) -> 
     old, new, overwrite = make_wheel(), make_wheel(code=b"new"), folder is not None
     body = encode(upload_form(WHEEL, new))
     seen = set()
+
+    def act(client: Client) -> None:
+        half = Body(body, len(body) // 2, lambda: open(os.devnull).close())
+        client.send("POST", "/", half, **MULTIPART)
+
     for steps in range(100):
         client = Client(make_app(tmp_path / str(steps), overwrite=overwrite))
         if folder is not None:
             client.drop(Path(folder, WHEEL), old)
-        died = upload_and_die(client.root, body, steps, overwrite=overwrite)
+        died = die(client.root, act, steps, overwrite=overwrite)
         files = client.page()["files"]
         got = client.get(FILE).body if files else b""
         assert set(files) <= {WHEEL}
@@ -2995,6 +2999,36 @@ def test_crash_leaves_the_old_or_the_new(tmp_path: Path, folder: str | None) -> 
     assert not died
     assert steps > 5
     assert len(seen) == 2
+
+
+CUT_OFF: dict[str, Callable[[Client], object]] = {
+    "removal": lambda client: client.remove("1.0"),
+    "replacement": lambda client: client.upload(WHEEL, make_wheel(code=b"new")),
+    "first upload": lambda client: client.upload(WHEEL, make_wheel(code=b"new")),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
+@pytest.mark.parametrize("case", CUT_OFF)
+def test_crash_leaves_no_project_and_no_yank_behind(tmp_path: Path, case: str) -> None:
+    """A project without files is not listed. Other bytes do not inherit a yank."""
+    new = make_wheel(code=b"new")
+    for steps in range(100):
+        client = Client(make_app(tmp_path / str(steps), overwrite=True))
+        if case != "first upload":
+            client.upload(WHEEL, BYTES)
+            client.drop(f"acme/{WHEEL}.yanked", b"bad")
+        died = die(client.root, CUT_OFF[case], steps, overwrite=True)
+        client = Client(make_app(client.root, overwrite=True))  # started again
+        yanked = [file["yanked"] for file in client.page()["files"].values()]
+        assert len(client.get("/simple/").links()) == len(yanked)
+        if yanked and client.get(FILE).body != BYTES:
+            assert yanked == [False]
+        assert client.upload(WHEEL, new).status == 200
+        assert client.page()["files"][WHEEL]["yanked"] is False
+        if not died:
+            break
+    assert not died
 
 
 def test_abandoned_uploads_are_swept_out(client: Client) -> None:
