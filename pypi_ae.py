@@ -56,7 +56,8 @@ The environment (or the same words in lower case as keywords of get_app):
     PRIVATE_NAMES            glob patterns of names that never fall back    none
     OVERWRITE                may an upload replace a file?                  no
     MAX_UPLOAD_MB            larger uploads get 413; 0: no bound            0, hosted 32
-    BEHIND_PROXY             believe X-Forwarded-For, -Host, -Proto, ...?   if hosted
+    BEHIND_PROXY             believe X-Forwarded-For, -Host, -Proto, ...?   no
+                             (yes on App Engine and Cloud Run)
     HEALTH_ENDPOINT          answers "Ok"                                   /health
     WELCOME_FILE             HTML of the start page                         built in
 
@@ -695,7 +696,7 @@ class Users:
         self._running: dict[tuple[bytes, Check], Future[bool]] = {}
         self._lock = threading.Lock()
         users = source.items() if isinstance(source, Mapping) else ()
-        checks = {user: password_check(h, f"user {user!r}") for user, h in users}
+        checks = {user: password_check(str(h), f"user {user!r}") for user, h in users}
         self._logins = Logins(None, checks, {})
         self.logins()
 
@@ -2843,7 +2844,7 @@ class Router:
                     return _describe_match(route, path, match.groupdict())
         methods = {r.method for p, r in self._routes if any(map(p.fullmatch, fits))}
         if not methods:
-            raise HTTPError(404, f"There is nothing at {path!r}.")
+            raise HTTPError(404, f"There is nothing at {path[:200]!r}.")
         allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
         raise HTTPError(405, f"{method[:99]} is not allowed; {allow} is.", Allow=allow)
 
@@ -2855,7 +2856,8 @@ def _pattern(path: str) -> re.Pattern[str]:
 def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
     project = to_project(args["project"]) if "project" in args else Project("")
     if project is None or path in NO_PROJECTS:
-        raise HTTPError(404, f"{args['project']!r} is not a project's name (PEP 508).")
+        name = args["project"][:200]
+        raise HTTPError(404, f"{name!r} is not a project's name (PEP 508).")
     canonical = route.path.format(**args | {"project": project})
     if route.method != "GET" or route.action == "download" or canonical == path:
         return route, project, args, ""
@@ -2952,7 +2954,7 @@ class App:
     def _refuse(self, request: Request, why: HTTPError) -> Response:
         if request.method not in ("GET", "HEAD"):
             drain(request)
-        if why.status in (401, 403, 429) or request.method == "POST":
+        if why.status in (401, 403) or request.method == "POST":
             self._log(logging.WARNING, request, f"refused with {why.status}: {why}")
         return text_response(why.status, why.message, *why.headers)
 
@@ -2963,7 +2965,7 @@ class App:
             trace = f"projects/{self.settings.cloud_project}/traces/{trace}"
         extra = {"cloud": {"logging.googleapis.com/trace": trace}}
         line = (request.method, request.path, who, one_line(what))
-        log.log(level, "%s %r by %s: %s", *line, extra=extra, **more)
+        log.log(level, "%.99s %.999r by %s: %.2000s", *line, extra=extra, **more)
 
 
 def _in_words(change: Addition | Removal) -> str:
@@ -3007,9 +3009,7 @@ def get_app(
         raise SettingsError(f"{why}, but {', '.join(DEFAULTS).lower()}.")
     checked = Settings({**os.environ, **values})
     if not isinstance(users, (Mapping, type(None))):
-        raise SettingsError(
-            f"users is {users!r:.200}; it takes a dict of user to hash."
-        )
+        raise SettingsError(f"users is a {type(users)}; it takes a dict, user to hash.")
     who = Users(users if users is not None else checked.password_file)
     if checked.authenticate - {"update"} and not who.logins().checks:
         actions = ", ".join(sorted(checked.authenticate))
