@@ -396,6 +396,7 @@ CSP = (  # a page runs no script and loads nothing; WELCOME_FILE may have styles
     "frame-ancestors 'none'; form-action 'self'; base-uri 'none'"
 )
 OF_PAGES = (("Content-Security-Policy", CSP), ("Referrer-Policy", "same-origin"))
+MAX_HOST = 300  # letters; a name has 255, and the JSON API repeats it for each file
 MAX_HEADER = 8192  # letters of a header that are read; gunicorn takes no longer one
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
@@ -460,7 +461,7 @@ class Request:
         environ = self.environ
         scheme = self._forwarded("Proto") or environ["wsgi.url_scheme"]
         host = self._forwarded("Host") or environ.get("HTTP_HOST")
-        host = host or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
+        host = (host or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}")[:MAX_HOST]
         prefix = self._forwarded("Prefix").strip("/")
         path = quote(environ.get("SCRIPT_NAME", ""), encoding="latin-1").strip("/")
         return "/".join(filter(None, (f"{scheme}://{host.strip('/')}", prefix, path)))
