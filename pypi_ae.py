@@ -71,6 +71,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import filecmp
 import fnmatch
 import hashlib
@@ -532,11 +533,13 @@ def with_query(path: str, request: Request) -> str:
     return f"{path}?{quote(query, safe='=&+%/')}" if query else path
 
 
-def already_exists(request: Request, filename: str) -> HTTPError:
+def already_exists(request: Request, new: Addition) -> HTTPError:
     # twine knows a duplicate by 400 and this text; uv, poetry and pdm by 409.
     status = 400 if "twine" in request.header("User-Agent") else 409
-    why = f"File already exists: {filename} is here with other bytes."
+    why = f"File already exists: {new.filename} is here with other bytes."
     advice = "Raise the version, or start the server with --overwrite."
+    if new.overwrite:
+        advice = "Others replaced it at the same moment. Try again."
     return HTTPError(status, f"{why} {advice}")
 
 
@@ -936,6 +939,7 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
 # it, so a page is rendered once, and the line of a file as well.
 
 FILES_KEPT = 10_000  # distributions in the listings that are kept: 20 to 45 MB
+ADDRESS = 16  # hex digits of a digest in a URL; nobody meets the same by chance
 METADATA_KEPT = 4 << 20  # bytes of core metadata and keys: some 500 wheels
 
 Answer = tuple["Response", "Response"]  # in full, and 304
@@ -957,13 +961,16 @@ def facts_from(filename: str, sha256: str, metadata: CoreMetadata) -> Facts:
     return Facts(sha256, metadata.requires_python, digest)
 
 
-def read_facts(source: BinaryIO, filename: str, size: int) -> Facts:
-    """Read the whole distribution for its digest, and core metadata if it has any."""
-    sha256 = hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
+def sha256_of(file: BinaryIO) -> str:
+    """The digest of a file from where it stands to its end."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def read_facts(source: Any, filename: str, size: int, sha256: str) -> Facts:
+    """Read core metadata of a distribution with this digest, if it has any."""
     if not filename.endswith((*UPLOADABLE, ".tgz")):
         return Facts(sha256)
     try:
-        source.seek(0)
         return facts_from(filename, sha256, read_core_metadata(source, filename, size))
     except ArchiveError:
         return Facts(sha256)
@@ -993,8 +1000,14 @@ class Distribution:
 
     @property
     def url(self) -> str:
-        """Its address below the root of this app."""
-        return f"packages/{self.project}/{quote(self.filename)}"
+        """Its address below the root of this app: with other bytes it is another."""
+        digest = (self.facts.sha256 or self.md5)[:ADDRESS]
+        folder = f"packages/{self.project}/{digest}".rstrip("/")
+        return f"{folder}/{quote(self.filename)}"
+
+    def has_digest(self, start: str) -> bool:
+        """Does a digest of it start so? Its sha256 may be younger than a link to it."""
+        return any(each.startswith(start) for each in (self.facts.sha256, self.md5))
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -1151,6 +1164,9 @@ class Store(Protocol):
 
     staging: Path  # a folder for uploads in progress
 
+    def stage(self, size: int) -> BinaryIO:
+        """Open a new file for an upload of so many bytes."""
+
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]: ...
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         """List a project. Distributions that have not changed are kept from `last`."""
@@ -1283,7 +1299,10 @@ class Index:
         text = self._metadata.get(digest)
         if text is None:
             source: Any = RangedFile(dist.size, partial(self._read, dist))
-            text = read_core_metadata(source, dist.filename, dist.size).text
+            try:
+                text = read_core_metadata(source, dist.filename, dist.size).text
+            except ArchiveError as fault:  # it was read once, so it came damaged now
+                raise OSError(f"{dist.filename} cannot be read: {fault}") from fault
             if hashlib.sha256(text).hexdigest() == digest:  # else it was set wrongly
                 self._metadata.keep(digest, text, 500 + len(text))
         return text
@@ -1329,7 +1348,7 @@ class Index:
             if existing and not new.overwrite:
                 break
             catalog = self.root(time.monotonic(), denies=True).found
-        raise already_exists(request, new.filename)
+        raise already_exists(request, new)
 
     def tidy(self, *, dry_run: bool) -> Iterator[str]:
         """Compute missing facts, move loose files home, and say what is done."""
@@ -1424,7 +1443,7 @@ def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
 LOOK_SHARE = 0.1  # at most 10 % of the time is spent on scanning
 LOOK_MOST = 30.0  # seconds; a look may be slow for other reasons, or miss a change
-ABANDONED_SECONDS = 600  # an upload without a write for so long has lost its process
+RUN = os.urandom(4).hex()  # another process may get the number of this one later
 
 FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
 
@@ -1436,6 +1455,7 @@ class Directory:
         self.root = root.absolute()
         make_folder(self.root)
         self.staging = self.root / ".pypi_ae" / "staging"
+        self._real = os.path.realpath(self.root)
         self._facts = FactsFiles(self.root / ".pypi_ae" / "facts")
         self._names: set[str] = set()  # in the root, at the last look
         self._scan_until = 0.0  # when all of them are looked at again
@@ -1504,8 +1524,12 @@ class Directory:
         """Paths of a project's files and sidecars. Loose ones come last."""
         paths: list[str] = []
         for folder in self._folders(project, place):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 paths += [f"{folder}/{name}" for name in os.listdir(folder)]
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # a folder that is not there yet, or is gone
+            except PermissionError as fault:
+                log.warning("a folder is left out, as it cannot be read: %s", fault)
         return paths + [f"{self.root}/{name}" for name in place.loose]
 
     def _describe(
@@ -1513,6 +1537,7 @@ class Directory:
     ) -> Iterator[Distribution]:
         """Distributions of files. Those that have not changed come first, in order."""
         yanks = [path for path in files if path.endswith(".yanked")]
+        yanks = [path for path in yanks if self._is_inside(path)]
         yanked = {path.removesuffix(".yanked"): _read_yank(path) for path in yanks}
         kept = last.found.dists if last else []
         kept = [dist for dist in kept if files.get(dist.path) == dist.state]
@@ -1522,7 +1547,8 @@ class Directory:
             yield dist if same else replace(dist, yanked=reason, lines={})
         others = files.keys() - {dist.path for dist in kept}
         names = {path: parse_filename(_base(path), project) for path in others}
-        new = {path: p for path, p in names.items() if p and p.project == project}
+        own = {path: p for path, p in names.items() if p and p.project == project}
+        new = {path: p for path, p in own.items() if self._is_inside(path)}
         known = self._facts.read(project, anew=last is None) if new else {}
         for path, parsed in new.items():
             state, facts = files[path], known.get((parsed.filename, *files[path]))
@@ -1542,6 +1568,10 @@ class Directory:
                     state=state,
                     loose=os.path.dirname(path) == str(self.root),
                 )
+
+    def _is_inside(self, path: str) -> bool:
+        """Does a path lead to a place below the root? A link may lead elsewhere."""
+        return os.path.realpath(path).startswith(f"{self._real}/")
 
     def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
         for project, place in sorted(catalog.places.items()):
@@ -1564,6 +1594,9 @@ class Directory:
         return file
 
     # Changing...
+
+    def stage(self, size: int) -> BinaryIO:
+        return open_staged(self.staging)
 
     def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
         home, *others = self._folders(new.project, place)
@@ -1658,7 +1691,9 @@ def _compute_facts(path: str, state: State) -> Facts | None:
     """Read a file for its facts; None if it changes while it is read."""
     try:
         with open(path, "rb") as file:
-            facts = read_facts(file, _base(path), state[0])
+            sha256 = sha256_of(file)
+            file.seek(0)
+            facts = read_facts(file, _base(path), state[0], sha256)
             return facts if file_state(path) == state else None
     except OSError as fault:
         log.warning("%s is not listed, as it cannot be read: %s", path, fault)
@@ -1690,13 +1725,26 @@ def open_at(path: Path | str, start: int) -> BinaryIO:
 
 
 def open_staged(folder: Path) -> BinaryIO:
-    """Open a new file for an upload; remove files of uploads that were abandoned."""
+    """Open a new file for an upload; remove files whose process is gone."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # another worker removed it
-            if time.time() - entry.stat().st_mtime > ABANDONED_SECONDS:
+        if _is_abandoned(*entry.name.split("-")[:2]):
+            with contextlib.suppress(FileNotFoundError):  # another worker removed it
                 os.unlink(entry.path)
-    return open(folder / os.urandom(16).hex(), "xb")
+    name = f"{os.getpid()}-{RUN}-{os.urandom(8).hex()}"
+    return open(folder / name, "xb")
+
+
+def _is_abandoned(pid: str, run: str = "") -> bool:
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return run != RUN
+    try:
+        os.kill(int(pid), 0)  # sends no signal
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # it is another user's
+        pass
+    return False
 
 
 def place_file(source: Path, target: Path, *, overwrite: bool) -> None:
@@ -1737,7 +1785,7 @@ class Cloud:
         own = settings.root.absolute() / ".pypi_ae"
         self.staging, self._changes = own / "staging", own / "changes"
         make_folder(self._changes)
-        self._cache = FileCache(own / "cache", settings.cache_bytes)
+        self._cache = FileCache(own, settings.cache_bytes)
         self._sync = settings.sync_seconds
         self._places: Mapping[Project, Place] = {}  # at the last look at the root
 
@@ -1802,47 +1850,45 @@ class Cloud:
 
     def open(self, dist: Distribution, start: int, stop: int) -> Body:
         """Read from the cache, else from the bucket. A whole object is then cached."""
-        known = dist.facts.sha256 != ""
-        if known and (file := self._cache.open(_cache_name(dist), start)):
+        if dist.facts.sha256 and (file := self._cache.open(dist, start)):
             return file
         if not dist.size:  # a Range cannot be empty
             return iter(())
-        whole = stop - start == dist.size  # the md5 of a whole object is compared
-        span = {"start": start} if whole else {"start": start, "stop": stop}
-        chunks = self.bucket.read(dist.path, generation=dist.state[0], **span)
-        wanted = not known or dist.size <= self._cache.bound
-        return self._keep(dist, chunks) if whole and wanted else chunks
+        if stop - start < dist.size:
+            return self._read(dist, start, stop)
+        # The md5 of a whole object is compared before its last bytes are given.
+        chunks = self._cache.fill(dist, self._read(dist))
+        if not dist.facts.sha256:
+            chunks = self._learn(dist, chunks)
+        return iter((b"".join(chunks),)) if dist.size <= CHUNK else chunks
 
-    def _keep(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        """Write chunks to a file and pass them on. The whole file is then cached.
+    def _read(self, dist: Distribution, *span: int) -> Iterator[bytes]:
+        places = dict(zip(("start", "stop"), span, strict=False))
+        return self.bucket.read(dist.path, generation=dist.state[0], **places)
 
-        gcs_rest compares the checksum before it gives the last chunk. So a damaged file
-        is never whole, at the client or in the cache.
-        """
-        file = open_staged(self.staging)
-        try:
-            with file:
-                for chunk in chunks:
-                    file.write(chunk)
-                    yield chunk
-            if not dist.facts.sha256:
-                self._store_facts(dist, file.name)
-            self._cache.put(_cache_name(dist), Path(file.name))
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-
-    def _store_facts(self, dist: Distribution, path: str) -> None:
-        """Write the facts of an object that was copied in by hand to its metadata."""
+    def _learn(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on an object that was copied in by hand, and store its facts with it."""
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+            yield chunk
+        sha256 = digest.hexdigest()
+        copy = self._cache.open(replace(dist, facts=Facts(sha256)), 0)
+        tail = RangedFile(dist.size, lambda *span: b"".join(self._read(dist, *span)))
         match = dict(zip(("generation", "metageneration"), dist.state, strict=True))
         try:
-            with open(path, "rb") as file:
-                facts = read_facts(file, dist.filename, dist.size)
+            with copy or contextlib.nullcontext(tail) as source:
+                facts = read_facts(source, dist.filename, dist.size, sha256)
             self.bucket.patch(dist.path, object_metadata(facts), **match)
         except OSError as fault:  # the file is served without them
             log.warning("the facts of %s were not written: %s", dist.path, fault)
         self._touch(dist.project, root=dist.loose)  # it may have changed, too
 
     # Changing...
+
+    def stage(self, size: int) -> BinaryIO:
+        self._cache.give_way(size)
+        return open_staged(self.staging)
 
     def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
         name = f"{self._prefix}{new.project}/{new.filename}"
@@ -1858,7 +1904,7 @@ class Cloud:
         if old and old.loose:
             with contextlib.suppress(FileNotFoundError):  # it went at this moment
                 self.delete(old)
-        self._cache.put(f"{item.generation}-{new.filename}", new.source)
+        self._cache.put(new.source, f"{item.generation}-{new.filename}")
 
     def delete(self, dist: Distribution) -> None:
         try:
@@ -1884,38 +1930,122 @@ class Cloud:
     def _touch(self, project: Project, *, root: bool) -> None:
         for name in (project, "") if root else (project,):
             marker = Path(self._marker(name))
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-            os.utime(marker, ns=(time.time_ns(),) * 2)  # exact, unlike touch()
+            try:
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+                os.utime(marker, ns=(time.time_ns(),) * 2)  # exact, unlike touch()
+            except OSError as fault:  # the bucket has the change all the same
+                log.warning("other workers may see a change late: %s", fault)
 
 
 class FileCache:
-    """Copies of objects on the local disk; the least recently used go first."""
+    """Copies of objects on the local disk; the least recently used go first.
 
-    def __init__(self, folder: Path, bound: int) -> None:
-        self._folder, self.bound = folder, bound  # bytes
-        make_folder(folder)
+    It is a convenience: if the disk is full, read-only or gone, requests do without it.
+    """
 
-    def open(self, name: str, start: int) -> BinaryIO | None:
-        path = self._folder / name
+    def __init__(self, own: Path, bound: int) -> None:
+        self._folder, self._staging = own / "cache", own / "staging"
+        self._bound = bound  # bytes of all copies and of all files in staging
+        self._checked: BoundedCache[int] = BoundedCache(FILES_KEPT)  # inode, by name
+        self._lock = threading.Lock()
+        make_folder(self._folder)
+
+    def open(self, dist: Distribution, start: int) -> BinaryIO | None:
+        """Open a copy at a byte; None if there is none with the bytes of `dist`."""
+        path = self._folder / _cache_name(dist)
+        with contextlib.suppress(OSError):
+            file = open_at(path, 0)
+            if not self._is_right(file, dist):  # it was cut short, say
+                file.close()
+                path.unlink()
+                return None
+            with contextlib.suppress(OSError):  # the disk may be read-only
+                os.utime(path)  # it is used now
+            file.seek(start)
+            return file
+        return None
+
+    def _is_right(self, file: BinaryIO, dist: Distribution) -> bool:
+        """Has a copy the right size and, when it is first used, the right digest?"""
+        state, name = os.fstat(file.fileno()), _cache_name(dist)
+        if state.st_size != dist.size:
+            return False
+        if self._checked.get(name) != state.st_ino:
+            if sha256_of(file) != dist.facts.sha256:
+                return False
+            self._checked.keep(name, state.st_ino, 1)
+        return True
+
+    def fill(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass chunks on, and write them to a copy if there is room for it."""
+        file = self._begin(dist.size)
         try:
-            os.utime(path)  # it is used now
-            return open_at(path, start)
-        except FileNotFoundError:
-            return None
+            for chunk in chunks:
+                if file and not _write(file, chunk):
+                    _discard(file)
+                    file = None
+                yield chunk
+            if file:
+                self.put(Path(file.name), _cache_name(dist))
+        finally:
+            if file:
+                _discard(file)
 
-    def put(self, name: str, source: Path) -> None:
-        """Move a file into the cache, and remove others until all fit."""
-        if source.stat().st_size > self.bound:
-            return
-        with contextlib.suppress(OSError):  # the file is served without a cache, too
-            os.replace(source, self._folder / name)
-            states = [(e.stat(), e.path) for e in os.scandir(self._folder)]
-            excess = sum(state.st_size for state, _ in states) - self.bound
-            for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
-                if excess > 0:
-                    os.unlink(path)
-                    excess -= state.st_size
+    def _begin(self, size: int) -> BinaryIO | None:
+        """Open a new copy. It takes its size at once, so that others know of it."""
+        with contextlib.suppress(OSError), self._lock:
+            if self._has_room(size):
+                file = open_staged(self._staging)
+                file.truncate(size)
+                return file
+        return None
+
+    def put(self, source: Path, name: str) -> None:
+        """Move a staged file into the cache, if there is room for it."""
+        with contextlib.suppress(OSError), self._lock:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._has_room(0):
+                os.replace(source, self._folder / name)
+
+    def _has_room(self, size: int) -> bool:
+        """Is there room beside the staged files? Copies go if they have to."""
+        left = self._bound - size
+        if self._staging.exists():
+            left -= sum(entry.stat().st_size for entry in os.scandir(self._staging))
+        return left >= 0 and self._drop_until(lambda total: total <= left)
+
+    def give_way(self, size: int) -> None:
+        """Drop copies until the disk has room for an upload of so many bytes."""
+        from shutil import disk_usage
+
+        with contextlib.suppress(OSError), self._lock:
+            self._drop_until(lambda _: disk_usage(self._folder).free >= size)
+
+    def _drop_until(self, is_enough: Callable[[int], bool]) -> bool:
+        """Drop copies, the least recently used first, until their sum is small."""
+        states = [(entry.stat(), entry.path) for entry in os.scandir(self._folder)]
+        total = sum(state.st_size for state, _ in states)
+        for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
+            if is_enough(total):
+                break
+            os.unlink(path)
+            total -= state.st_size
+        return is_enough(total)
+
+
+def _write(file: BinaryIO, data: bytes) -> bool:
+    with contextlib.suppress(OSError):  # the disk is full, say
+        file.write(data)
+        file.flush()
+        return True
+    return False
+
+
+def _discard(file: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # it was put into the cache
+        file.close()
+        os.unlink(file.name)
 
 
 def _cache_name(dist: Distribution) -> str:
@@ -2148,8 +2278,8 @@ def _fall_back(settings: Settings, request: Request) -> Response:
 
 # ---- 12. Downloads -------------------------------------------------------------------
 # Status and headers are decided from the facts before a byte is read: conditions first,
-# then a range (RFC 9110, 13.2.2). A distribution does not change under its name, so
-# clients may keep it. It has no Content-Encoding, as pip hashes what arrives.
+# then a range (RFC 9110, 13.2.2). Pages link to an address with a digest, so clients
+# may keep what they got there. It has no Content-Encoding, as pip hashes what arrives.
 
 Range = tuple[int, int]  # [start, stop)
 SMALL = 64 << 10  # bytes; to read so few is quicker than to set sendfile up
@@ -2158,13 +2288,16 @@ TYPES = {".zip": "application/zip", ".gz": GZIP, ".tgz": GZIP}
 
 
 def download(app: App, request: Request) -> Response:
-    """/packages/<project>/<filename>, and <filename>.metadata beside a wheel."""
+    """/packages/<project>/[<digest>/]<filename>, and .metadata beside a wheel."""
     project, filename = target_of(request)
     suffix = request.args["file"][len(filename) :]
     answer = {"": file_response, ".metadata": metadata_response}.get(suffix)
     dist = request.listing.by_name.get(filename) if project else None
+    digest = request.args.get("digest", "")
+    if project and dist and not dist.has_digest(digest):  # it may be that of new bytes
+        dist = app.index.look_again(project).by_name.get(filename)
     for _ in range(2):  # once more if the file was replaced since it was listed
-        if not (project and dist and answer):
+        if not (project and dist and answer and dist.has_digest(digest)):
             raise HTTPError(404, f"There is no file {request.path!r} here.")
         try:
             return answer(app, request, dist)
@@ -2177,27 +2310,23 @@ def metadata_response(app: App, request: Request, dist: Distribution) -> Respons
     if not dist.facts.core_metadata:
         raise HTTPError(404, f"{dist.filename} has no core metadata here.")
     tag = f'"{dist.facts.core_metadata}"'
-    headers = (("ETag", tag), ("Cache-Control", _lifetime(app)))
+    headers = (("ETag", tag), ("Cache-Control", _lifetime(request)))
     if (tags := request.header("If-None-Match")) and _names_tag(tags, tag):
         return Response("304 Not Modified", headers)
-    try:
-        body = app.index.core_metadata(dist)
-    except ArchiveError as fault:
-        why = f"{dist.filename} has no core metadata: {fault}."
-        raise HTTPError(404, why) from fault
+    body = app.index.core_metadata(dist)
     return body_response("200 OK", TEXT, body, *headers)
 
 
-def _lifetime(app: App) -> str:
-    # With OVERWRITE a name may get other bytes, so clients must ask each time.
-    return "no-cache" if app.settings.overwrite else "max-age=31536000, immutable"
+def _lifetime(request: Request) -> str:
+    # A name may get other bytes. An address with a digest of them may not.
+    return "max-age=31536000, immutable" if "digest" in request.args else "no-cache"
 
 
 def file_response(app: App, request: Request, dist: Distribution) -> Response:
     """Answer a file: 200, 206 or 304. Raises FileNotFoundError if it was replaced."""
     tag, modified, size = dist.tag, _http_date(dist.uploaded), dist.size
     headers = [("ETag", tag), ("Last-Modified", modified)]
-    headers.append(("Cache-Control", _lifetime(app)))
+    headers.append(("Cache-Control", _lifetime(request)))
     tags = request.environ.get("HTTP_IF_NONE_MATCH")
     since = request.environ.get("HTTP_IF_MODIFIED_SINCE")
     if _names_tag(tags, tag) if tags else since == modified:
@@ -2391,13 +2520,13 @@ def _part(head: bytes) -> PartBegins:
 class Form:
     """The fields of an upload, and its file, which is staged as it arrives."""
 
-    def __init__(self, staging: Path) -> None:
+    def __init__(self, stage: Callable[[], BinaryIO]) -> None:
         self.fields: dict[str, str] = {}
         self.filename = ""
         self.staged: Path | None = None
         self.size = 0
         self.digests: dict[str, Any] = {}  # hashes of the file, by name of their field
-        self._staging = staging
+        self._stage = stage
         self._file: BinaryIO | None = None
         self._field = ""
         self._value = bytearray()
@@ -2427,7 +2556,7 @@ class Form:
         if self.staged:
             raise HTTPError(400, "The form has two files in 'content'; send only one.")
         self.filename = part.filename or ""
-        self._file = open_staged(self._staging)
+        self._file = self._stage()
         self.staged = Path(self._file.name)
         # Most clients send digests first. Others are computed from the staged file.
         names = {"sha256_digest"} | self.fields.keys() & DIGESTS.keys()
@@ -2484,7 +2613,7 @@ def read_form(app: App, request: Request) -> Form:
         why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} bytes."
         raise HTTPError(413, why)
     parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
-    form = Form(app.index.store.staging)
+    form = Form(partial(app.index.store.stage, length))
     try:
         for chunk in read_body(request, length):
             for event in parser.feed(chunk):
@@ -2790,6 +2919,7 @@ def search(app: App, request: Request) -> Response:
 Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # answered with 507, any other OSError with 503
 MAX_PATH = 1024  # letters; the longest useful path has two names of 215
 
 
@@ -2811,6 +2941,7 @@ ROUTES = (
     Route("GET", "/packages/", "list", all_files),
     Route("GET", "/packages/{file}", "download", download),
     Route("GET", "/packages/{project}/{file}", "download", download),
+    Route("GET", "/packages/{project}/{digest}/{file}", "download", download),
     Route("GET", "/pypi/{project}/json", "list", project_json),
     Route("GET", "/pypi/{project}/{version}/json", "list", project_json),
     Route("GET", "/{project}/json", "list", project_json),
@@ -2906,14 +3037,18 @@ class App:
         except OSError as fault:
             self._log(logging.ERROR, request, f"the store failed: {fault}")
             why = "The store cannot be read or written now. Try again."
-            response = self._refuse(request, HTTPError(503, why, Retry_After="5"))
+            status = 507 if fault.errno in NO_ROOM else 503
+            response = self._refuse(request, HTTPError(status, why, Retry_After="5"))
         except Exception:
             self._log(logging.ERROR, request, "fault", exc_info=True)
             why = "The server failed; its log says why."
             response = self._refuse(request, HTTPError(500, why))
         finally:
             for path in request.staged:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(
+                    OSError
+                ):  # it is stored, or may not be removed
+                    path.unlink()
         if self.verbose:
             self._log(logging.INFO, request, response.status)
         return response
