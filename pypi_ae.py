@@ -70,6 +70,7 @@ import base64
 import contextlib
 import filecmp
 import fnmatch
+import gzip
 import hashlib
 import hmac
 import html
@@ -79,6 +80,7 @@ import logging
 import os
 import re
 import stat
+import struct
 import sys
 import threading
 import time
@@ -104,6 +106,7 @@ from urllib.parse import parse_qs, quote
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
+    from zipfile import ZipFile, ZipInfo
 
     from gcs_rest import Bucket, Object
 
@@ -141,6 +144,11 @@ class SettingsError(ValueError):
 
 class ArchiveError(ValueError):
     """The core metadata of a wheel or sdist cannot be read. The message says why."""
+
+
+def quoted(value: str) -> str:
+    """A foreign value for a message or a log line: 200 letters of it at most."""
+    return repr(value) if len(value) <= 200 else f"{value[:200]!r}..."
 
 
 # ---- 2. Settings ---------------------------------------------------------------------
@@ -782,12 +790,24 @@ def _unauthorized(message: str) -> HTTPError:
 
 MAX_METADATA = 4 << 20  # bytes; with a long README, metadata on PyPI has up to 1 MiB
 MAX_PIECE = 8 << 20  # bytes of one read; the directory of a zip with 80,000 files
-MAX_MEMBERS = 100_000  # members of a tar file that are read to find its PKG-INFO
+MAX_MEMBERS = 100_000  # of an archive; the largest on PyPI have about 50,000
 MAX_EXPANSION = 100  # times its packed size; source text unpacks to 3 to 10 times
 MIN_EXPANDED = 64 << 20  # bytes; also a small archive may unpack to this size
+# Headers of a tar file that are read. Python reads 5,000 in 0.1 s. In a large file each
+# member takes more than 100 bytes, packed.
+FREE_HEADERS, HEADER_BYTES = 5000, 100
+# Bytes that a tar member may have, by type. An extended header (x, L, K) has a path or
+# two. Whatever else is not a regular file (0, 7) has none: some readers skip them.
+MAX_SIZES = dict.fromkeys((b"x", b"L", b"K"), 64 << 10)
+MAX_SIZES |= dict.fromkeys((b"0", b"\0", b"7"), 1 << 40)
+MAX_RECORDS = 32  # of an extended header; tar programs write 20 at most
 
 _METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
 _PKG_INFO = re.compile(r"(\./)?[^/]+/PKG-INFO")
+_LEADS_OUT = re.compile(r"/|\w:|(.*/)?\.\.(/|\Z)|.*\\", re.S)  # of its folder
+_LOCAL_HEADER = "<4s2x2H8xI4x2H"  # before each member of a zip (APPNOTE, 4.3.7)
+_HEAD_END = re.compile(rb"(?:\A|\n)\r?\n")
+_FIELD = re.compile(rb"^(name|version|requires-python):(.*)", re.I | re.M)
 
 
 class CoreMetadata(NamedTuple):
@@ -821,31 +841,41 @@ class BoundedFile(io.BufferedIOBase):
         return self._source.tell()
 
 
-def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetadata:
+def read_core_metadata(
+    source: IO[bytes], filename: str, size: int, *, in_full: bool = True
+) -> CoreMetadata:
     """Read METADATA from a wheel or PKG-INFO from an sdist of `size` bytes.
 
+    With `in_full`, every header of a zip is checked, not only that of the metadata.
     Raises ArchiveError if the archive is broken. Errors of `source` pass unchanged.
     """
     try:
         if filename.endswith((".whl", ".zip")):
             name = _METADATA if filename.endswith(".whl") else _PKG_INFO
-            return _parse_metadata(_zip_member(source, size, name))
+            file = BoundedFile(source, size)
+            return _parse_metadata(_zip_member(file, size, name, in_full=in_full))
         return _parse_metadata(_tar_member(source, size))
+    except gzip.BadGzipFile as fault:  # an OSError, but not one of the source
+        raise ArchiveError(f"it cannot be read: {fault}") from fault
     except (ArchiveError, MemoryError, OSError):
         raise
     except Exception as fault:  # zipfile, tarfile and zlib raise about ten kinds
         raise ArchiveError(f"it cannot be read: {fault}") from fault
 
 
-def _zip_member(source: IO[bytes], size: int, name: re.Pattern[str]) -> bytes:
+def _zip_member(
+    file: BoundedFile, size: int, name: re.Pattern[str], *, in_full: bool
+) -> bytes:
     import zipfile  # takes 10 ms; only uploads and new files need it
 
     try:
-        archive = zipfile.ZipFile(BoundedFile(source, size))
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as fault:
         if isinstance(fault.__context__, OSError):  # zipfile hides errors of its source
             raise fault.__context__ from None
         raise
+    if in_full:
+        _check_zip(file, size, archive)
     members = [m for m in archive.infolist() if name.fullmatch(m.filename)]
     if len(members) != 1:
         raise ArchiveError(f"it has {len(members)} files like {name.pattern!r}, not 1")
@@ -856,43 +886,112 @@ def _zip_member(source: IO[bytes], size: int, name: re.Pattern[str]) -> bytes:
         return member.read(MAX_METADATA)
 
 
+def _check_zip(file: BoundedFile, size: int, archive: ZipFile) -> None:
+    """Refuse a zip that another reader may read differently.
+
+    Its members fill it up to its directory, and only the end record comes after that.
+    """
+    members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+    starts = [member.header_offset for member in members] + [archive.start_dir]
+    file.seek(max(size - 42, 0))
+    tail = file.read(42)
+    # Above 2 GiB two more records come before the end record (APPNOTE, 4.3.14).
+    length = size - starts[-1] - (98 if tail.startswith(b"PK\6\7") else 22)
+    numbers = [min(len(members), 0xFFFF)] * 2
+    numbers += [min(length, 0xFFFFFFFF), min(starts[-1], 0xFFFFFFFF)]
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *numbers, 0)
+    if starts[0] or not tail.endswith(end):
+        raise ArchiveError("it has bytes before its first record or after its last")
+    names = {member.filename for member in members}
+    if len(names) < len(members) or len(members) > MAX_MEMBERS:
+        raise ArchiveError(f"it has a name twice, or more than {MAX_MEMBERS} members")
+    for member, stop in zip(members, starts[1:], strict=True):
+        if not _is_plain(file, member, stop):
+            raise ArchiveError(
+                f"readers may read {quoted(member.filename)} differently"
+            )
+
+
+def _is_plain(file: BoundedFile, member: ZipInfo, stop: int) -> bool:
+    """Does a member's own header say what the directory says, and its data end there?
+
+    Its name stays in the folder, and it is not encrypted.
+    """
+    file.seek(member.header_offset)
+    head = struct.unpack(_LOCAL_HEADER, file.read(30))
+    signature, flags, method, packed, name_size, extra_size = head
+    name = file.read(name_size).decode("utf-8" if flags & 0x800 else "cp437")
+    own = signature, flags, method, name
+    listed = b"PK\3\4", member.flag_bits, member.compress_type, member.orig_filename
+    rest = stop - file.tell() - extra_size - member.compress_size
+    if flags & 8:  # the size stands behind the data, in one of four forms
+        fits = rest in (12, 16, 20, 24)
+    else:
+        fits = rest == 0 and packed in (member.compress_size, 0xFFFFFFFF)
+    return own == listed and fits and not (flags & 0x2041 or _LEADS_OUT.match(name))
+
+
 def _tar_member(source: IO[bytes], size: int) -> bytes:
-    import gzip
+    """Read PKG-INFO of an sdist, header by header.
+
+    tarfile itself takes quadratic time for some extended headers.
+    """
     import tarfile
 
     end = max(MIN_EXPANDED, MAX_EXPANSION * size)
-    unpacked = BoundedFile(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
-    try:
-        with tarfile.open(fileobj=unpacked, mode="r:") as archive:
-            last = -1
-            for _ in range(MAX_MEMBERS):
-                member = archive.next()
-                if not member or member.offset <= last:  # CVE-2025-8194: a loop
-                    break
-                last = member.offset
-                if _PKG_INFO.fullmatch(member.name) and member.isreg():
-                    content = archive.extractfile(member)
-                    if content and member.size <= MAX_METADATA:
-                        return content.read()
-                archive.members.clear()  # type: ignore[attr-defined]  # saves memory
-    except gzip.BadGzipFile as fault:  # an OSError, but not one of the source
-        raise ArchiveError(f"it cannot be read: {fault}") from fault
+    file = BoundedFile(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
+    path = ""  # of the next member, if an extended header gives it
+    for _ in range(min(MAX_MEMBERS, FREE_HEADERS + size // HEADER_BYTES)):
+        header = file.read(512)
+        if not any(header):  # the end
+            break
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
+        start, most = file.tell(), MAX_SIZES.get(member.type, 0)
+        if not 0 <= member.size <= most or member.type == b"g":
+            raise ArchiveError("it has a header that is too large, or unusual")
+        if member.type in (b"x", b"L"):
+            path = path or _next_path(member.type, file.read(member.size))
+        elif member.type != b"K":
+            is_wanted = _PKG_INFO.fullmatch(path or member.name) and most
+            if is_wanted and member.size <= MAX_METADATA:
+                return file.read(member.size)
+            path = ""
+        file.seek(start + (member.size + 511 & -512))
     raise ArchiveError("it has no PKG-INFO that can be read")
 
 
-def _parse_metadata(text: bytes) -> CoreMetadata:
-    """Read the header fields of core metadata (RFC 822 style, UTF-8)."""
-    fields: dict[str, str] = {}
-    for line in text.decode("utf-8", "replace").splitlines():
-        if not line.strip():
+def _next_path(kind: bytes, text: bytes) -> str:
+    """The path that an extended header gives to the next member, or ""."""
+    if kind == b"L":  # of GNU tar
+        return text.rstrip(b"\0").decode("utf-8", "replace")
+    path, at = b"", 0
+    for _ in range(
+        MAX_RECORDS
+    ):  # "27 path=acme-1.0/PKG-INFO\n" and others (POSIX, pax)
+        if at == len(text):
+            return path.decode("utf-8", "replace")
+        space = text.index(b" ", at, at + 6)
+        end = at + int(text[at:space])
+        key, equals, value = text[space + 1 : end - 1].partition(b"=")
+        changes_data = key == b"size" or key.startswith(b"GNU.sparse.")
+        if text[end - 1 : end] != b"\n" or not equals or changes_data:
             break
-        key, colon, value = line.partition(":")
-        if colon and not line[0].isspace():
-            fields.setdefault(key.lower(), value.strip())
-    name, version = fields.get("name"), fields.get("version")
+        path, at = value if key == b"path" else path, end
+    raise ArchiveError("it has an extended header that is unusual")
+
+
+def _parse_metadata(text: bytes) -> CoreMetadata:
+    """Read the header fields of core metadata (RFC 822 style, UTF-8).
+
+    Only a line feed ends a line: other control characters may stand in a Summary.
+    """
+    fields: dict[bytes, str] = {}
+    for match in _FIELD.finditer(_HEAD_END.split(text, 1)[0]):
+        fields.setdefault(match[1].lower(), match[2].decode("utf-8", "replace").strip())
+    name, version = fields.get(b"name"), fields.get(b"version")
     if not name or not version:
         raise ArchiveError("its metadata has no Name or no Version")
-    return CoreMetadata(name, version, fields.get("requires-python", ""), text)
+    return CoreMetadata(name, version, fields.get(b"requires-python", ""), text)
 
 
 # ---- 7. Listings ---------------------------------------------------------------------
@@ -1243,8 +1342,9 @@ class Index:
         digest = dist.facts.core_metadata
         text = self._metadata.get(digest)
         if text is None:
-            source: Any = RangedFile(dist.size, partial(self._read, dist))
-            text = read_core_metadata(source, dist.filename, dist.size).text
+            file: Any = RangedFile(dist.size, partial(self._read, dist))
+            name, size = dist.filename, dist.size
+            text = read_core_metadata(file, name, size, in_full=False).text
             if hashlib.sha256(text).hexdigest() == digest:  # else it was set wrongly
                 self._metadata.keep(digest, text, 500 + len(text))
         return text
