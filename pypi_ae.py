@@ -70,7 +70,6 @@ import base64
 import contextlib
 import filecmp
 import fnmatch
-import gzip
 import hashlib
 import hmac
 import html
@@ -79,6 +78,7 @@ import json
 import logging
 import os
 import re
+import socket
 import stat
 import struct
 import sys
@@ -102,11 +102,11 @@ from typing import (
     Protocol,
     TypeVar,
 )
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, parse_qsl, quote
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
-    from zipfile import ZipFile, ZipInfo
+    from zipfile import ZipFile
 
     from gcs_rest import Bucket, Object
 
@@ -323,7 +323,13 @@ _VERSION = re.compile(
     (?:\+(?P<local>[a-z0-9]+(?:[-_.][a-z0-9]+)*))?""",
     re.X | re.I | re.ASCII,
 )
+_CLAUSE = re.compile(  # of Requires-Python; pip takes a wildcard after each operator
+    rf"\s*(?:===\s*\S+|(?:[~=!<>]=|[<>])\s*{_VERSION.pattern}(?:\.\*)?)?\s*",
+    re.X | re.I | re.ASCII,
+)
+_TWO_WAYS = re.compile(r".+-v?\d.*-v?\d.*\.(?:tar\.gz|tgz|zip)", re.I | re.ASCII)
 MAX_VERSION = 200  # letters; a longer one is no version, so that int() stays fast
+MAX_PYTHON = 1000  # letters of Requires-Python; each page of a project repeats it
 UPLOADABLE = (".whl", ".tar.gz", ".zip")  # wheels and sdists, as PyPI takes them
 VersionKey = tuple[Any, ...]  # as version_key() makes it
 
@@ -364,12 +370,21 @@ def parse_filename(name: str, project: str = "") -> Parsed | None:
 
 
 def _split_sdist(stem: str, project: str) -> tuple[str, str] | None:
-    """Split name-version at the last hyphen before a valid version, if there is one."""
+    """Split name-version at the first hyphen before a valid version, if there is one.
+
+    So beta-1.0-1 is 1.0-1 (1.0.post1) of beta, and not 1 of beta-1.0.
+    """
     cuts = [match.start() for match in re.finditer("-", stem)]
-    splits = [(stem[:cut], stem[cut + 1 :]) for cut in reversed(cuts)]
+    splits = [(stem[:cut], stem[cut + 1 :]) for cut in cuts]
     of_project = [split for split in splits if normalize(split[0]) == project]
     valid = [split for split in splits if _VERSION.fullmatch(split[1])]
-    return next(iter(of_project + valid + splits), None)
+    return next(iter(of_project + valid + splits[::-1]), None)
+
+
+def to_requires_python(text: str) -> str:
+    """Requires-Python if it is short, and valid (PEP 440); else ""."""
+    valid = len(text) <= MAX_PYTHON and all(map(_CLAUSE.fullmatch, text.split(",")))
+    return text if valid else ""
 
 
 def version_key(version: str) -> VersionKey:
@@ -412,6 +427,8 @@ NOSNIFF: Header = ("X-Content-Type-Options", "nosniff")
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
 CHUNK = 1 << 20  # bytes per read; gunicorn 27 receives as many, and copies leftovers
+SOCKET = "pypi_ae.socket"  # where serve() puts it; gunicorn has a name of its own
+LINGER = 0.5  # seconds for the rest of a refused body; its thread answers nobody else
 SIDECARS = (".metadata", ".yanked")  # of a distribution, by their suffix
 
 
@@ -459,7 +476,8 @@ class Request:
     listing: Listing = field(init=False)  # set by Index.pull: of the project
     catalog: Catalog = field(init=False)  # set by Index.pull if there is no project
     unread: int | None = None  # bytes of the body; None: it was not asked for
-    staged: list[Path] = field(default_factory=list)  # removed when the request ends
+    # Called when the request ends.
+    cleanup: list[Callable[[], object]] = field(default_factory=list)
 
     def header(self, name: str) -> str:
         return str(self.environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
@@ -478,6 +496,33 @@ class Request:
         # A proxy in front sets it. The first of several values is the client's.
         value = self.header(f"X-Forwarded-{what}").split(",")[0].strip()
         return value if re.fullmatch(r"[\w.:/\[\]~%-]*", value, re.ASCII) else ""
+
+
+def connection_of(request: Request) -> Any:
+    """The socket of a request, if its server shows it; None if others share it."""
+    environ = request.environ
+    shared = environ.get("SERVER_PROTOCOL", "").startswith("HTTP/2")
+    return None if shared else environ.get("gunicorn.socket", environ.get(SOCKET))
+
+
+def end_reading(connection: Any) -> None:
+    """Let all reads of a socket return; what is to be sent can still be sent."""
+    with contextlib.suppress(OSError):  # SSLSocket.shutdown would send in plain text
+        socket.socket.shutdown(connection, socket.SHUT_RD)
+
+
+def answer_early(body: Iterable[bytes], connection: Any) -> Iterator[bytes]:
+    """Send an answer while its request still comes, and read that for a moment.
+
+    If the connection was closed with unread bytes, many a client would see no answer.
+    """
+    yield from body
+    ends = time.monotonic() + LINGER
+    with contextlib.suppress(OSError):  # it is silent, or gone
+        connection.settimeout(LINGER / 2)
+        while time.monotonic() < ends and connection.recv(CHUNK):
+            pass
+    end_reading(connection)
 
 
 def target_of(request: Request) -> tuple[Project | None, str]:
@@ -824,10 +869,16 @@ class BoundedFile(io.BufferedIOBase):
 
     def __init__(self, source: IO[bytes], end: int) -> None:
         self._source, self._end = source, end
+        self.fault: OSError | None = None  # of the source; zipfile hides some
 
     def read(self, size: int | None = -1) -> bytes:
         most = MAX_PIECE + 1
-        data = self._source.read(most if size is None or size < 0 else min(size, most))
+        most = most if size is None or size < 0 else min(size, most)
+        try:
+            data = self._source.read(most)
+        except OSError as fault:
+            self.fault = fault
+            raise
         if len(data) > MAX_PIECE or self._source.tell() > self._end:
             raise ArchiveError("it unpacks to too many bytes")
         return data
@@ -841,41 +892,33 @@ class BoundedFile(io.BufferedIOBase):
         return self._source.tell()
 
 
-def read_core_metadata(
-    source: IO[bytes], filename: str, size: int, *, in_full: bool = True
-) -> CoreMetadata:
+def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetadata:
     """Read METADATA from a wheel or PKG-INFO from an sdist of `size` bytes.
 
-    With `in_full`, every header of a zip is checked, not only that of the metadata.
     Raises ArchiveError if the archive is broken. Errors of `source` pass unchanged.
     """
+    file = BoundedFile(source, size)
     try:
         if filename.endswith((".whl", ".zip")):
             name = _METADATA if filename.endswith(".whl") else _PKG_INFO
-            file = BoundedFile(source, size)
-            return _parse_metadata(_zip_member(file, size, name, in_full=in_full))
-        return _parse_metadata(_tar_member(source, size))
-    except gzip.BadGzipFile as fault:  # an OSError, but not one of the source
-        raise ArchiveError(f"it cannot be read: {fault}") from fault
-    except (ArchiveError, MemoryError, OSError):
+            # What is read in ranges was checked in full when its facts were computed.
+            in_full = isinstance(source, io.IOBase)
+            return _parse_metadata(_zip_member(file, name, in_full=in_full))
+        return _parse_metadata(_tar_member(file, size))
+    except (ArchiveError, MemoryError):
         raise
     except Exception as fault:  # zipfile, tarfile and zlib raise about ten kinds
+        if file.fault:
+            raise file.fault from None
         raise ArchiveError(f"it cannot be read: {fault}") from fault
 
 
-def _zip_member(
-    file: BoundedFile, size: int, name: re.Pattern[str], *, in_full: bool
-) -> bytes:
+def _zip_member(file: BoundedFile, name: re.Pattern[str], *, in_full: bool) -> bytes:
     import zipfile  # takes 10 ms; only uploads and new files need it
 
-    try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as fault:
-        if isinstance(fault.__context__, OSError):  # zipfile hides errors of its source
-            raise fault.__context__ from None
-        raise
+    archive = zipfile.ZipFile(file)
     if in_full:
-        _check_zip(file, size, archive)
+        _check_zip(file, archive)
     members = [m for m in archive.infolist() if name.fullmatch(m.filename)]
     if len(members) != 1:
         raise ArchiveError(f"it has {len(members)} files like {name.pattern!r}, not 1")
@@ -886,75 +929,60 @@ def _zip_member(
         return member.read(MAX_METADATA)
 
 
-def _check_zip(file: BoundedFile, size: int, archive: ZipFile) -> None:
+def _check_zip(file: BoundedFile, archive: ZipFile) -> None:
     """Refuse a zip that another reader may read differently.
 
     Its members fill it up to its directory, and only the end record comes after that.
     """
     members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     starts = [member.header_offset for member in members] + [archive.start_dir]
-    file.seek(max(size - 42, 0))
-    tail = file.read(42)
-    # Above 2 GiB two more records come before the end record (APPNOTE, 4.3.14).
-    length = size - starts[-1] - (98 if tail.startswith(b"PK\6\7") else 22)
-    numbers = [min(len(members), 0xFFFF)] * 2
-    numbers += [min(length, 0xFFFFFFFF), min(starts[-1], 0xFFFFFFFF)]
-    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *numbers, 0)
-    if starts[0] or not tail.endswith(end):
+    count, start = min(len(members), 0xFFFF), min(starts[-1], 0xFFFFFFFF)
+    file.seek(-22, io.SEEK_END)
+    end = file.read()  # signature, disks, count twice, size and start of the directory
+    expected = struct.pack("<4s2HIH", b"PK\5\6", count, count, start, 0)
+    if starts[0] or end[:4] + end[8:12] + end[16:] != expected:
         raise ArchiveError("it has bytes before its first record or after its last")
-    names = {member.filename for member in members}
-    if len(names) < len(members) or len(members) > MAX_MEMBERS:
+    if not len({member.filename for member in members}) == len(members) <= MAX_MEMBERS:
         raise ArchiveError(f"it has a name twice, or more than {MAX_MEMBERS} members")
     for member, stop in zip(members, starts[1:], strict=True):
-        if not _is_plain(file, member, stop):
-            raise ArchiveError(
-                f"readers may read {quoted(member.filename)} differently"
-            )
+        file.seek(member.header_offset)
+        head = struct.unpack(_LOCAL_HEADER, file.read(30))
+        flags, packed, name_size, extra_size = head[1], *head[3:]
+        name = file.read(name_size).decode("utf-8" if flags & 0x800 else "cp437")
+        listed = b"PK\3\4", member.flag_bits, member.compress_type, member.orig_filename
+        rest = stop - file.tell() - extra_size - member.compress_size
+        # With flag 8, the sizes stand behind the data, in one of four forms.
+        known = packed in (member.compress_size, 0xFFFFFFFF) and not rest
+        fits = rest in (12, 16, 20, 24) if flags & 8 else known
+        unsafe = flags & 0x2041 or _LEADS_OUT.match(name)  # the flags: encrypted
+        if (*head[:3], name) != listed or not fits or unsafe:
+            raise ArchiveError(f"{quoted(name)} in it may be read in two ways")
 
 
-def _is_plain(file: BoundedFile, member: ZipInfo, stop: int) -> bool:
-    """Does a member's own header say what the directory says, and its data end there?
-
-    Its name stays in the folder, and it is not encrypted.
-    """
-    file.seek(member.header_offset)
-    head = struct.unpack(_LOCAL_HEADER, file.read(30))
-    signature, flags, method, packed, name_size, extra_size = head
-    name = file.read(name_size).decode("utf-8" if flags & 0x800 else "cp437")
-    own = signature, flags, method, name
-    listed = b"PK\3\4", member.flag_bits, member.compress_type, member.orig_filename
-    rest = stop - file.tell() - extra_size - member.compress_size
-    if flags & 8:  # the size stands behind the data, in one of four forms
-        fits = rest in (12, 16, 20, 24)
-    else:
-        fits = rest == 0 and packed in (member.compress_size, 0xFFFFFFFF)
-    return own == listed and fits and not (flags & 0x2041 or _LEADS_OUT.match(name))
-
-
-def _tar_member(source: IO[bytes], size: int) -> bytes:
+def _tar_member(packed: BoundedFile, size: int) -> bytes:
     """Read PKG-INFO of an sdist, header by header.
 
     tarfile itself takes quadratic time for some extended headers.
     """
+    import gzip
     import tarfile
 
-    end = max(MIN_EXPANDED, MAX_EXPANSION * size)
-    file = BoundedFile(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
+    unpacked: Any = gzip.GzipFile(fileobj=packed)
+    file = BoundedFile(unpacked, max(MIN_EXPANDED, MAX_EXPANSION * size))
     path = ""  # of the next member, if an extended header gives it
     for _ in range(min(MAX_MEMBERS, FREE_HEADERS + size // HEADER_BYTES)):
         header = file.read(512)
         if not any(header):  # the end
             break
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
-        start, most = file.tell(), MAX_SIZES.get(member.type, 0)
-        if not 0 <= member.size <= most or member.type == b"g":
-            raise ArchiveError("it has a header that is too large, or unusual")
-        if member.type in (b"x", b"L"):
-            path = path or _next_path(member.type, file.read(member.size))
-        elif member.type != b"K":
-            is_wanted = _PKG_INFO.fullmatch(path or member.name) and most
-            if is_wanted and member.size <= MAX_METADATA:
-                return file.read(member.size)
+        start, kind = file.tell(), member.type
+        if not 0 <= member.size <= MAX_SIZES.get(kind, 0):
+            raise ArchiveError(f"it has a member of type {kind!r} that is too large")
+        if kind in (b"x", b"L", b"K"):
+            path = path or _next_path(kind, file.read(member.size))
+        elif _PKG_INFO.fullmatch(path or member.name) and member.size <= MAX_METADATA:
+            return file.read(member.size)
+        else:
             path = ""
         file.seek(start + (member.size + 511 & -512))
     raise ArchiveError("it has no PKG-INFO that can be read")
@@ -962,22 +990,15 @@ def _tar_member(source: IO[bytes], size: int) -> bytes:
 
 def _next_path(kind: bytes, text: bytes) -> str:
     """The path that an extended header gives to the next member, or ""."""
-    if kind == b"L":  # of GNU tar
-        return text.rstrip(b"\0").decode("utf-8", "replace")
-    path, at = b"", 0
-    for _ in range(
-        MAX_RECORDS
-    ):  # "27 path=acme-1.0/PKG-INFO\n" and others (POSIX, pax)
-        if at == len(text):
-            return path.decode("utf-8", "replace")
-        space = text.index(b" ", at, at + 6)
-        end = at + int(text[at:space])
-        key, equals, value = text[space + 1 : end - 1].partition(b"=")
-        changes_data = key == b"size" or key.startswith(b"GNU.sparse.")
-        if text[end - 1 : end] != b"\n" or not equals or changes_data:
-            break
-        path, at = value if key == b"path" else path, end
-    raise ArchiveError("it has an extended header that is unusual")
+    if kind != b"x":  # of GNU tar; K is the target of a link
+        return text.rstrip(b"\0").decode("utf-8", "replace") if kind == b"L" else ""
+    *lines, rest = text.split(b"\n", MAX_RECORDS)  # POSIX: "17 path=a/PKG-INFO\n"
+    records = [line.partition(b" ") for line in lines]
+    right = all(int(r[0]) == len(b"".join(r)) + 1 for r in records) and not rest
+    values = dict(record[2].partition(b"=")[::2] for record in records)
+    if not right or any(k == b"size" or k.startswith(b"GNU.sparse.") for k in values):
+        raise ArchiveError("it has an extended header that is unusual")
+    return values.get(b"path", b"").decode("utf-8", "replace")
 
 
 def _parse_metadata(text: bytes) -> CoreMetadata:
@@ -1018,7 +1039,7 @@ class Facts(NamedTuple):
 def facts_from(filename: str, sha256: str, metadata: CoreMetadata) -> Facts:
     is_wheel = filename.endswith(".whl")  # PEP 658 is for wheels
     digest = hashlib.sha256(metadata.text).hexdigest() if is_wheel else ""
-    return Facts(sha256, metadata.requires_python, digest)
+    return Facts(sha256, to_requires_python(metadata.requires_python), digest)
 
 
 def read_facts(source: BinaryIO, filename: str, size: int) -> Facts:
@@ -1342,9 +1363,8 @@ class Index:
         digest = dist.facts.core_metadata
         text = self._metadata.get(digest)
         if text is None:
-            file: Any = RangedFile(dist.size, partial(self._read, dist))
-            name, size = dist.filename, dist.size
-            text = read_core_metadata(file, name, size, in_full=False).text
+            source: Any = RangedFile(dist.size, partial(self._read, dist))
+            text = read_core_metadata(source, dist.filename, dist.size).text
             if hashlib.sha256(text).hexdigest() == digest:  # else it was set wrongly
                 self._metadata.keep(digest, text, 500 + len(text))
         return text
@@ -1529,7 +1549,9 @@ class Directory:
                 if entry.is_dir():
                     if project := to_project(entry.name):
                         folders[project] = (*folders.get(project, ()), entry.name)
-                elif parsed := parse_filename(distribution_of(entry.name)):
+                elif parsed := _parse_loose(
+                    f"{self.root}/{distribution_of(entry.name)}"
+                ):
                     loose.setdefault(parsed.project, {})[entry.name] = None
         return make_catalog(folders, loose)
 
@@ -1698,6 +1720,19 @@ class FactsFiles:
 
 def _base(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+def _parse_loose(path: str) -> Parsed | None:
+    """Split the name of a loose file. If there are two ways, its PKG-INFO decides."""
+    state = file_state(path) if _TWO_WAYS.fullmatch(_base(path)) else None
+    return parse_filename(_base(path), _name_inside(path, state) if state else "")
+
+
+@lru_cache(maxsize=10_000)  # a scan of the root asks for the same files again
+def _name_inside(path: str, state: State) -> str:
+    with contextlib.suppress(OSError, ArchiveError), open(path, "rb") as file:
+        return normalize(read_core_metadata(file, path, state[0]).name)
+    return ""
 
 
 def _states_of(paths: Iterable[str]) -> dict[str, State]:
@@ -1996,7 +2031,7 @@ def _facts_of(metadata: Mapping[str, str]) -> Facts:
     is_digest = re.compile(r"[0-9a-f]{64}").fullmatch
     sha256, python, core = (metadata.get(key, "") for key in METADATA_KEYS)
     sha256, core = (text if is_digest(text) else "" for text in (sha256, core))
-    return Facts(sha256, python, core)
+    return Facts(sha256, to_requires_python(python), core)
 
 
 # ---- 11. Pages -----------------------------------------------------------------------
@@ -2010,6 +2045,7 @@ HTML_V1 = "application/vnd.pypi.simple.v1+html"
 HTML = "text/html"
 OFFERS = (JSON, HTML_V1, HTML)  # the order of preference among equals
 LATEST = {kind.replace("v1", "latest"): kind for kind in (JSON, HTML_V1)}
+LONG = 1000  # letters of a header that are read; what was decided of it is kept
 Source = TypeVar("Source", Listing, Catalog)  # what pages are rendered from
 Render = Callable[[Source], str]
 
@@ -2052,7 +2088,7 @@ def takes_gzip(accept_encoding: str) -> bool:
 def requested_type(query: str, accept: str) -> str:
     """What ?format= says, else what Accept says."""
     formats = parse_qs(query.replace("+", "%2B")).get("format")  # v1+json
-    return negotiate(formats[-1] if formats else accept)
+    return negotiate(formats[-1][:LONG] if formats else accept)
 
 
 def page_response(
@@ -2060,9 +2096,9 @@ def page_response(
 ) -> Response:
     """Answer a page in the representation that is asked for, or 304."""
     environ = request.environ
-    query, accept = environ.get("QUERY_STRING"), environ.get("HTTP_ACCEPT", "")
+    query, accept = environ.get("QUERY_STRING"), environ.get("HTTP_ACCEPT", "")[:LONG]
     kind = requested_type(query, accept) if query else negotiate(accept)
-    gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", ""))
+    gzip = takes_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")[:LONG])
     answer = source.answers.get((kind, gzip))
     if answer is None:
         text = to_json(source) if kind == JSON else to_html(source)
@@ -2203,7 +2239,7 @@ def _fall_back(settings: Settings, request: Request) -> Response:
     project = request.project
     private = any(fnmatch.fnmatchcase(project, p) for p in settings.private_names)
     if private or not settings.fallback_url:
-        raise HTTPError(404, f"There is no project {project!r} here.")
+        raise HTTPError(404, f"There is no project {quoted(project)} here.")
     return redirect(with_query(f"{settings.fallback_url}/{project}/", request))
 
 
@@ -2226,7 +2262,7 @@ def download(app: App, request: Request) -> Response:
     dist = request.listing.by_name.get(filename) if project else None
     for _ in range(2):  # once more if the file was replaced since it was listed
         if not (project and dist and answer):
-            raise HTTPError(404, f"There is no file {request.path!r} here.")
+            raise HTTPError(404, f"There is no file {quoted(request.path)} here.")
         try:
             return answer(app, request, dist)
         except FileNotFoundError:
@@ -2301,7 +2337,7 @@ def _find_range(request: Request, size: int, tags: tuple[str, str]) -> Range | N
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= size:
-        why = f"The file has {size} bytes; the range {text!r} lies beyond them."
+        why = f"The file has {size} bytes; the range {quoted(text)} lies beyond them."
         raise HTTPError(416, why, Content_Range=f"bytes */{size}")
     return start, stop
 
@@ -2324,15 +2360,20 @@ def _file_body(
 # when all checks have passed.
 
 MAX_PART_HEADERS = 8 << 10  # bytes; clients send about 150
-MAX_FIELD = 4 << 20  # bytes; a description may be as long as all core metadata
+MAX_VALUE = 1000  # bytes of a field that is used; a name has 215, a digest 128
 MAX_FIELDS = 2000  # each classifier, requirement and URL is a field of its own
 MAX_FORM = 8 << 20  # bytes of all fields together, without the file
-MAX_DRAIN = 32 << 20  # bytes; some clients read the answer only after they sent all
+URLENCODED = "application/x-www-form-urlencoded"
+MAX_URLENCODED = 64 << 10  # bytes; such a form has no file, and no description
+# A body that comes more slowly would hold its thread for long. Any modem is faster.
+LEAST_RATE = 1000  # bytes a second on average
+GRACE = 10  # seconds before that counts, in which a connection may stall
 DIGESTS: dict[str, Callable[[], Any]] = {
     "sha256_digest": hashlib.sha256,
     "md5_digest": partial(hashlib.md5, usedforsecurity=False),
     "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
 }
+UPLOAD = "file_upload"
 KEPT_FIELDS = {":action", "name", "version", "filetype", *DIGESTS}
 
 
@@ -2384,10 +2425,11 @@ class MultipartParser:
             raise HTTPError(400, "The form ends before its closing boundary.")
 
     def _preamble(self) -> None:
-        at = self._rest.find(self._mark)
+        most = MAX_PART_HEADERS + len(self._mark)
+        at = self._rest.find(self._mark, 0, most)
         if at >= 0:
             self._at, self._step = at + len(self._mark), self._after_mark
-        elif len(self._rest) > MAX_PART_HEADERS:
+        elif len(self._rest) >= most:
             raise HTTPError(400, "The form does not begin with its boundary.")
 
     def _after_mark(self) -> None:
@@ -2406,7 +2448,8 @@ class MultipartParser:
     def _headers(self) -> Event | None:
         head = self._rest[self._at : self._at + MAX_PART_HEADERS + 4]
         head, end, _ = head.partition(b"\r\n\r\n")
-        if len(head) > MAX_PART_HEADERS or self._parts >= MAX_FIELDS:
+        half = 0 if end else 3  # bytes of the end, which may be there already
+        if len(head) > MAX_PART_HEADERS + half or self._parts >= MAX_FIELDS:
             most = f"{MAX_FIELDS} parts, with {MAX_PART_HEADERS} bytes of headers each"
             raise HTTPError(413, f"The form is too large: it may have {most}.")
         if not end:
@@ -2427,26 +2470,34 @@ class MultipartParser:
         return PartData(data)
 
 
-_DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*(;.*)", re.I)
-_PARAMETER = re.compile(rb';[ \t]*(name|filename)=(?:"([^"\r\n]*)"|([^;"\s]+))')
-_ENCODED = re.compile(
-    rb"content-transfer-encoding:[ \t]*(?!(binary|7bit|8bit)[ \t]*$)", re.I
-)
+_PARAMETER = re.compile(r'[ \t]*;[ \t]*([^\s;="]+)=(?:"([^"\r\n]*)"|([^\s;"]*))', re.A)
+_HEADER = re.compile(rf'[ \t]*([^\s;"]+)(?:{_PARAMETER.pattern})*[ \t;]*', re.A)
+
+
+def parse_header(text: str) -> tuple[str, dict[str, str]]:
+    """Split a header into its value and its parameters (RFC 9110, 5.6.6)."""
+    match = _HEADER.fullmatch(text)
+    pairs = [
+        (key.lower(), long or token) for key, long, token in _PARAMETER.findall(text)
+    ]
+    if not match or len(dict(pairs)) < len(pairs):
+        raise HTTPError(400, f"The header {quoted(text)} is not well formed.")
+    return match[1].lower(), dict(pairs)
 
 
 def _part(head: bytes) -> PartBegins:
     """Read the headers of a part (RFC 7578, 4.2)."""
-    lines = head.split(b"\r\n")
-    matches = [match for line in lines if (match := _DISPOSITION.fullmatch(line))]
-    if len(matches) != 1 or any(map(_ENCODED.match, lines)):
+    lines = [
+        line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n")
+    ]
+    headers = [(name.strip().lower(), value.strip()) for name, _, value in lines]
+    about = [value for name, value in headers if name == "content-disposition"]
+    coded = {v.lower() for name, v in headers if name == "content-transfer-encoding"}
+    kind, values = parse_header(about[0]) if len(about) == 1 else ("", {})
+    plain = kind == "form-data" and coded <= {"binary", "7bit", "8bit"}
+    if not plain or "name" not in values:
         raise HTTPError(400, "A part of the form is not plain form-data with a name.")
-    values = {
-        key: (quoted or token).decode("utf-8", "replace")
-        for key, quoted, token in _PARAMETER.findall(matches[0][1])
-    }
-    if b"name" not in values:
-        raise HTTPError(400, "A part of the form has no name.")
-    return PartBegins(values[b"name"], values.get(b"filename"))
+    return PartBegins(values["name"], values.get("filename"))
 
 
 class Form:
@@ -2483,11 +2534,13 @@ class Form:
 
     def _begin(self, part: PartBegins) -> None:
         self._field, self._value = part.name, bytearray()
-        if part.name != "content":
+        if part.name != "content" or self.fields.get(":action", UPLOAD) != UPLOAD:
             return
         if self.staged:
             raise HTTPError(400, "The form has two files in 'content'; send only one.")
-        self.filename = part.filename or ""
+        if not part.filename:
+            raise HTTPError(400, "Missing 'content' file-field!")
+        self.filename = parse_upload(part.filename).filename
         self._file = open_staged(self._staging)
         self.staged = Path(self._file.name)
         # Most clients send digests first. Others are computed from the staged file.
@@ -2518,10 +2571,10 @@ class Form:
 
     def _collect(self, data: bytes) -> None:
         self._total += len(data)
-        if self._total > MAX_FORM or len(self._value) + len(data) > MAX_FIELD:
-            raise HTTPError(413, f"The field {self._field!r} makes the form too long.")
         if self._field in KEPT_FIELDS:
             self._value += data
+        if self._total > MAX_FORM or len(self._value) > MAX_VALUE:
+            raise HTTPError(413, f"The field {quoted(self._field)} is too long.")
 
     def _end(self) -> None:
         if self._file:
@@ -2530,12 +2583,18 @@ class Form:
             self.close()
         elif self._field in KEPT_FIELDS:
             if self._field in self.fields:
-                raise HTTPError(400, f"The form has two fields {self._field!r}.")
-            try:
-                self.fields[self._field] = self._value.decode()
-            except UnicodeDecodeError:
-                why = f"The field {self._field!r} is not UTF-8."
-                raise HTTPError(400, why) from None
+                raise HTTPError(400, f"The form has two fields {quoted(self._field)}.")
+            self.fields[self._field] = self._value.decode("utf-8", "replace")
+
+
+def parse_upload(name: str, project: str = "") -> Parsed:
+    """Split a file name; raise 400 if it is not that of a wheel or sdist."""
+    parsed = parse_filename(name, project)
+    if not parsed or not name.endswith(UPLOADABLE):
+        kinds = f"not that of a wheel or sdist ({', '.join(UPLOADABLE)})"
+        why = f"Bad filename: {quoted(name)} is {kinds}: PEP 427, PEP 625."
+        raise HTTPError(400, why)
+    return parsed
 
 
 def read_form(app: App, request: Request) -> Form:
@@ -2544,18 +2603,35 @@ def read_form(app: App, request: Request) -> Form:
     if limit and length > limit:
         why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} bytes."
         raise HTTPError(413, why)
-    parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
+    app.admit(request)
     form = Form(app.index.store.staging)
     try:
-        for chunk in read_body(request, length):
-            for event in parser.feed(chunk):
-                form.take(event)
-        parser.close()
+        for event in _events(request, length):
+            form.take(event)
     finally:
         if form.staged:
-            request.staged.append(form.staged)
+            request.cleanup.append(partial(form.staged.unlink, missing_ok=True))
         form.close()
     return form
+
+
+def _events(request: Request, length: int) -> Iterator[Event]:
+    """The fields of a form, as they arrive."""
+    sent = request.environ.get("CONTENT_TYPE", "")
+    kind, parameters = parse_header(sent or "nothing")
+    boundary = parameters.get("boundary", "").encode("latin-1", "replace")
+    if kind == "multipart/form-data" and 1 <= len(boundary) <= 70:  # RFC 2046, 5.1.1
+        parser = MultipartParser(boundary)
+        for chunk in read_body(request, length):
+            yield from parser.feed(chunk)
+        parser.close()
+    elif kind == URLENCODED and length <= MAX_URLENCODED:  # from curl -d, say
+        text = b"".join(read_body(request, length)).decode("utf-8", "replace")
+        for name, value in parse_qsl(text, keep_blank_values=True):
+            yield from (PartBegins(name, None), PartData(value.encode()), PartEnds())
+    else:
+        need = f"send multipart/form-data, or {URLENCODED} of {MAX_URLENCODED} bytes"
+        raise HTTPError(400, f"Content-Type is {quoted(sent)}; {need} at most.")
 
 
 def content_length(request: Request) -> int:
@@ -2563,46 +2639,39 @@ def content_length(request: Request) -> int:
     if not text:
         raise HTTPError(411, "Send the request with a Content-Length.")
     if not re.fullmatch(r"\d{1,15}", text, re.ASCII):
-        raise HTTPError(400, f"Content-Length is {text!r}, which is not a length.")
+        raise HTTPError(
+            400, f"Content-Length is {quoted(text)}, which is not a length."
+        )
     return int(text)
-
-
-_MULTIPART = re.compile(  # a boundary has up to 70 letters (RFC 2046, 5.1.1)
-    r'multipart/form-data *;(?:.*;)? *boundary=("?)([^\s";]{1,70})\1 *(?:;.*)?',
-    re.I | re.ASCII,
-)
-
-
-def _boundary(content_type: str) -> bytes:
-    match = _MULTIPART.fullmatch(content_type)
-    if not match:
-        need = "send multipart/form-data with a boundary"
-        raise HTTPError(400, f"Content-Type is {content_type!r}; {need}.")
-    return match[2].encode()
 
 
 def read_body(request: Request, length: int) -> Iterator[bytes]:
     """Read a request's body of exactly `length` bytes, in chunks."""
-    request.unread = length
+    request.unread, began, received = length, time.monotonic(), 0
+    connection = connection_of(request)
     while request.unread:
+        # gunicorn returns only with all that is asked for. So no more is than has come
+        # before: the bytes of a slow client are counted in time.
+        size = min(max(received, GRACE * LEAST_RATE), request.unread, CHUNK)
+        ends = began + GRACE + received / LEAST_RATE
+        timer = threading.Timer(ends - time.monotonic(), end_reading, [connection])
+        if connection:
+            timer.start()
         try:
-            chunk = request.environ["wsgi.input"].read(min(request.unread, CHUNK))
+            chunk = request.environ["wsgi.input"].read(size)
         except OSError as fault:  # the client is gone; gunicorn has its own kinds
             raise HTTPError(400, f"The body cannot be read: {fault}.") from fault
+        finally:
+            timer.cancel()
+        if time.monotonic() > ends:
+            why = f"The body comes with less than {LEAST_RATE} bytes a second."
+            raise HTTPError(408, why)
         if not chunk:
             short = f"The body ends {request.unread} bytes before its Content-Length."
             raise HTTPError(400, short)
+        received += len(chunk)
         request.unread -= len(chunk)
         yield chunk
-
-
-def drain(request: Request) -> None:
-    """Read the rest of a refused body: a client that still sends sees no answer."""
-    with contextlib.suppress(HTTPError):  # there is no body, or the client is gone
-        left = content_length(request) if request.unread is None else request.unread
-        if left <= MAX_DRAIN:
-            for _ in read_body(request, left):
-                pass
 
 
 def upload(app: App, request: Request) -> Response:
@@ -2611,18 +2680,18 @@ def upload(app: App, request: Request) -> Response:
     action = form.fields.get(":action")
     if not action:
         raise HTTPError(400, "Missing ':action' field!")
-    if action == "file_upload":
+    if action == UPLOAD:
         return _propose_file(app, request, form)
     if action == "remove_pkg":
         return _propose_removal(app, form)
     if action in ("verify", "submit", "doc_upload"):
         return text_response(200, f"OK: nothing is done for {action!r}.")
-    raise HTTPError(400, f"Unsupported ':action' field: {action!r}.")
+    raise HTTPError(400, f"Unsupported ':action' field: {quoted(action)}.")
 
 
 def _propose_file(app: App, request: Request, form: Form) -> Response:
     """Check an upload; what is stored, and said, is up to `push`."""
-    if not form.staged or not form.filename:
+    if not form.staged:
         raise HTTPError(400, "Missing 'content' file-field!")
     parsed = _check_filename(form)
     _check_digests(form, form.staged)
@@ -2640,13 +2709,10 @@ def _propose_file(app: App, request: Request, form: Form) -> Response:
 def _check_filename(form: Form) -> Parsed:
     """The name is that of a wheel or sdist, and agrees with the rest of the form."""
     name, fields = form.filename, form.fields
-    parsed = parse_filename(name, normalize(fields.get("name", "")))
-    if not parsed or not name.endswith(UPLOADABLE):
-        kinds = f"not that of a wheel or sdist ({', '.join(UPLOADABLE)})"
-        raise HTTPError(400, f"Bad filename: {name!r} is {kinds}: PEP 427, PEP 625.")
+    parsed = parse_upload(name, normalize(fields.get("name", "")))
     kind = fields.get("filetype")
     if kind and kind != ("bdist_wheel" if name.endswith(".whl") else "sdist"):
-        raise HTTPError(400, f"The filetype {kind!r} does not fit {name!r}.")
+        raise HTTPError(400, f"The filetype {quoted(kind)} does not fit {name!r}.")
     if not version_key(parsed.version)[0]:
         why = f"{name!r} has the version {parsed.version!r}: see PEP 440."
         raise HTTPError(400, why)
@@ -2657,13 +2723,11 @@ def _check_filename(form: Form) -> Parsed:
 def _check_agreement(
     parsed: Parsed, where: str, name: str | None, version: str | None
 ) -> None:
-    filename = parsed.filename
-    if name is not None and normalize(name) != parsed.project:
-        why = f"The {where} names {name!r}, but the file is {filename!r}."
-        raise HTTPError(400, why)
-    if version is not None and version_key(version) != version_key(parsed.version):
-        why = f"The {where} has version {version!r}, but the file is {filename!r}."
-        raise HTTPError(400, why)
+    pairs = (name, parsed.project, normalize), (version, parsed.version, version_key)
+    for sent, own, key in pairs:
+        if sent is not None and key(sent) != key(own):
+            why = f"The {where} says {quoted(sent)}, but the file is {parsed.filename}."
+            raise HTTPError(400, why)
 
 
 def _check_digests(form: Form, staged: Path) -> None:
@@ -2676,7 +2740,7 @@ def _check_digests(form: Form, staged: Path) -> None:
                 form.digests[name] = hashlib.file_digest(file, DIGESTS[name])
         sent, came = form.fields[name].strip().lower(), form.digests[name].hexdigest()
         if sent != came:
-            why = f"The {name} of {form.filename} is {came}, but the form says {sent!r}"
+            why = f"The {name} of {form.filename} is {came}, not {quoted(sent)}"
             raise HTTPError(400, f"{why}: the file changed on its way. Send it again.")
 
 
@@ -2689,7 +2753,11 @@ def _check_archive(form: Form, staged: Path, parsed: Parsed) -> Facts:
         raise HTTPError(400, f"{parsed.filename} is broken: {fault}.") from fault
     _check_agreement(parsed, "archive's metadata", metadata.name, metadata.version)
     sha256 = form.digests["sha256_digest"].hexdigest()
-    return facts_from(parsed.filename, sha256, metadata)
+    facts = facts_from(parsed.filename, sha256, metadata)
+    if facts.requires_python != metadata.requires_python:
+        why = f"Requires-Python is {quoted(metadata.requires_python)}: see PEP 440."
+        raise HTTPError(400, why)
+    return facts
 
 
 def _propose_removal(app: App, form: Form) -> Response:
@@ -2697,12 +2765,12 @@ def _propose_removal(app: App, form: Form) -> Response:
     name, version = form.fields.get("name", ""), form.fields.get("version", "")
     project = to_project(name)
     if not project or not version:
-        sent = f"name={name!r}, version={version!r}"
+        sent = f"name={quoted(name)}, version={quoted(version)}"
         raise HTTPError(400, f"Missing 'name'/'version' fields: {sent}")
     key, listing = version_key(version), app.index.look_again(project)
     removals = tuple(Removal(dist) for dist in listing.dists if dist.key == key)
     if not removals:
-        raise HTTPError(404, f"{name} ({version}) not found")
+        raise HTTPError(404, f"{project} ({version[:MAX_VERSION]}) not found")
     return replace(text_response(200, "OK"), changes=removals)
 
 
@@ -2721,7 +2789,7 @@ def project_json(app: App, request: Request) -> Response:
     names, version = listing.versions(), request.args.get("version")
     shown = names.get(version_key(version or _latest(listing)))
     if shown is None:
-        raise HTTPError(404, f"There is nothing at {request.path!r}.")
+        raise HTTPError(404, f"There is nothing at {quoted(request.path)}.")
     releases: dict[str, list[Any]] = {name: [] for name in names.values()}
     for dist in listing.dists:
         releases[names[dist.key]].append(_release_json(dist, base))
@@ -2822,13 +2890,14 @@ def search(app: App, request: Request) -> Response:
     length = content_length(request)
     if length > MAX_PART_HEADERS:
         raise HTTPError(413, f"A search of {length} bytes is too long.")
+    app.admit(request)
     body = b"".join(read_body(request, length))
     try:
         if b"<!" in body or b"\0" in body:  # a DTD, perhaps in UTF-16, can explode
             raise ValueError("a DTD is not accepted")
         parameters, method = xmlrpc.client.loads(body)
         if method != "search":
-            raise ValueError(f"there is no method {method!r}, only search")
+            raise ValueError(f"there is no method {quoted(method or '')}, only search")
         query: Any = parameters[0]
         names = dict(query).get("name", [])
         names = [names] if isinstance(names, str) else names
@@ -2905,7 +2974,7 @@ class Router:
                     return _describe_match(route, path, match.groupdict())
         methods = {r.method for p, r in self._routes if any(map(p.fullmatch, fits))}
         if not methods:
-            raise HTTPError(404, f"There is nothing at {path!r}.")
+            raise HTTPError(404, f"There is nothing at {quoted(path)}.")
         allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
         raise HTTPError(405, f"{method} is not allowed here; {allow} is.", Allow=allow)
 
@@ -2917,7 +2986,9 @@ def _pattern(path: str) -> re.Pattern[str]:
 def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
     project = to_project(args["project"]) if "project" in args else Project("")
     if project is None:
-        raise HTTPError(404, f"{args['project']!r} is not a project's name (PEP 508).")
+        raise HTTPError(
+            404, f"{quoted(args['project'])} is not a project's name (PEP 508)."
+        )
     canonical = route.path.format(**args | {"project": project})
     if route.method != "GET" or route.action == "download" or canonical == path:
         return route, project, args, ""
@@ -2935,6 +3006,10 @@ class App:
         self.before: list[Before] = [index.pull]
         self.after: list[After] = [index.push]
         self.verbose = False  # a log line for every request
+        # App Engine counts staged files as memory, and allows 32 MB for each.
+        uploads = threading.Semaphore(4 if settings.hosted else 8)
+        self._slots: dict[str | None, threading.Semaphore]
+        self._slots = {"update": uploads, "list": threading.Semaphore(8)}
         own = Route("GET", settings.health_endpoint, None, health)
         self._router = Router((own, *ROUTES))
 
@@ -2962,8 +3037,8 @@ class App:
             why = "The server failed; its log says why."
             response = self._refuse(request, HTTPError(500, why))
         finally:
-            for path in request.staged:
-                path.unlink(missing_ok=True)
+            for clean_up in request.cleanup:
+                clean_up()
         if self.verbose:
             self._log(logging.INFO, request, response.status)
         return response
@@ -2986,6 +3061,15 @@ class App:
             self._log(logging.INFO, request, _in_words(change))
         return response
 
+    def admit(self, request: Request) -> None:
+        """Let a body be read, in a slot of its action; raise 503 if none is free."""
+        action = request.route.action if request.route else None
+        slot = self._slots[action]
+        if not slot.acquire(blocking=False):
+            why = "Too many requests send data at this moment. Try again."
+            raise HTTPError(503, why, Retry_After="5")
+        request.cleanup.append(slot.release)
+
     def _authorize(self, request: Request) -> None:
         try:
             request.user = self.users.verify(request.header("Authorization"))
@@ -2995,11 +3079,16 @@ class App:
             raise HTTPError(503, why, Retry_After="60") from fault
 
     def _refuse(self, request: Request, why: HTTPError) -> Response:
-        if request.method not in ("GET", "HEAD"):
-            drain(request)
         if why.status in (401, 403) or request.method == "POST":
             self._log(logging.WARNING, request, f"refused with {why.status}: {why}")
-        return text_response(why.status, why.message, *why.headers)
+        answer, environ = (
+            text_response(why.status, why.message, *why.headers),
+            request.environ,
+        )
+        sends = environ.get("CONTENT_LENGTH") or environ.get("HTTP_TRANSFER_ENCODING")
+        if sends and request.unread != 0 and (connection := connection_of(request)):
+            return replace(answer, body=answer_early(answer.body, connection))
+        return answer
 
     def _log(self, level: int, request: Request, what: str, **more: Any) -> None:
         who = request.user or request.environ.get("REMOTE_ADDR", "")
@@ -3008,8 +3097,8 @@ class App:
         if trace and project:
             trace = f"projects/{project}/traces/{trace}"
         extra = {"cloud": {"logging.googleapis.com/trace": trace}}
-        line = (request.method, request.path, who, one_line(what))
-        log.log(level, "%s %r by %s: %s", *line, extra=extra, **more)
+        line = (request.method[:20], quoted(request.path), who, one_line(what))
+        log.log(level, "%s %s by %s: %s", *line, extra=extra, **more)
 
 
 def _in_words(change: Addition | Removal) -> str:
@@ -3163,6 +3252,9 @@ def serve(app: App, host: str, port: int) -> int:
 
     class QuietHandler(simple_server.WSGIRequestHandler):
         timeout = 60  # seconds; a client that is silent for longer is gone
+
+        def get_environ(self) -> Any:
+            return super().get_environ() | {SOCKET: self.connection}
 
         def log_message(self, *_: object) -> None:
             """Log nothing here: the app has its own log."""
