@@ -845,7 +845,7 @@ FREE_HEADERS, HEADER_BYTES = 5000, 100
 # two. Whatever else is not a regular file (0, 7) has none: some readers skip them.
 MAX_SIZES = dict.fromkeys((b"x", b"L", b"K"), 64 << 10)
 MAX_SIZES |= dict.fromkeys((b"0", b"\0", b"7"), 1 << 40)
-MAX_RECORDS = 32  # of an extended header; tar programs write 20 at most
+_RESIZED = re.compile(rb"\d (size|GNU\.sparse\.[^=]*)=")  # in an extended header
 
 _METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
 _PKG_INFO = re.compile(r"(\./)?[^/]+/PKG-INFO")
@@ -969,36 +969,22 @@ def _tar_member(packed: BoundedFile, size: int) -> bytes:
 
     unpacked: Any = gzip.GzipFile(fileobj=packed)
     file = BoundedFile(unpacked, max(MIN_EXPANDED, MAX_EXPANSION * size))
-    path = ""  # of the next member, if an extended header gives it
+    renamed = False  # Does an extended header give another name to the next member?
     for _ in range(min(MAX_MEMBERS, FREE_HEADERS + size // HEADER_BYTES)):
         header = file.read(512)
         if not any(header):  # the end
             break
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
         start, kind = file.tell(), member.type
-        if not 0 <= member.size <= MAX_SIZES.get(kind, 0):
-            raise ArchiveError(f"it has a member of type {kind!r} that is too large")
-        if kind in (b"x", b"L", b"K"):
-            path = path or _next_path(kind, file.read(member.size))
-        elif _PKG_INFO.fullmatch(path or member.name) and member.size <= MAX_METADATA:
+        text = file.read(member.size) if kind in (b"x", b"L") else b""
+        if not 0 <= member.size <= MAX_SIZES.get(kind, 0) or _RESIZED.search(text):
+            raise ArchiveError(f"it has an unusual member, of type {kind!r}")
+        is_wanted = _PKG_INFO.fullmatch(member.name) and member.size <= MAX_METADATA
+        if is_wanted and not renamed and kind not in b"xLK":
             return file.read(member.size)
-        else:
-            path = ""
+        renamed = kind == b"L" or b" path=" in text or (renamed and kind in b"xK")
         file.seek(start + (member.size + 511 & -512))
     raise ArchiveError("it has no PKG-INFO that can be read")
-
-
-def _next_path(kind: bytes, text: bytes) -> str:
-    """The path that an extended header gives to the next member, or ""."""
-    if kind != b"x":  # of GNU tar; K is the target of a link
-        return text.rstrip(b"\0").decode("utf-8", "replace") if kind == b"L" else ""
-    *lines, rest = text.split(b"\n", MAX_RECORDS)  # POSIX: "17 path=a/PKG-INFO\n"
-    records = [line.partition(b" ") for line in lines]
-    right = all(int(r[0]) == len(b"".join(r)) + 1 for r in records) and not rest
-    values = dict(record[2].partition(b"=")[::2] for record in records)
-    if not right or any(k == b"size" or k.startswith(b"GNU.sparse.") for k in values):
-        raise ArchiveError("it has an extended header that is unusual")
-    return values.get(b"path", b"").decode("utf-8", "replace")
 
 
 def _parse_metadata(text: bytes) -> CoreMetadata:
@@ -1549,9 +1535,7 @@ class Directory:
                 if entry.is_dir():
                     if project := to_project(entry.name):
                         folders[project] = (*folders.get(project, ()), entry.name)
-                elif parsed := _parse_loose(
-                    f"{self.root}/{distribution_of(entry.name)}"
-                ):
+                elif parsed := _parse_loose(distribution_of(entry.path)):
                     loose.setdefault(parsed.project, {})[entry.name] = None
         return make_catalog(folders, loose)
 
@@ -2477,9 +2461,7 @@ _HEADER = re.compile(rf'[ \t]*([^\s;"]+)(?:{_PARAMETER.pattern})*[ \t;]*', re.A)
 def parse_header(text: str) -> tuple[str, dict[str, str]]:
     """Split a header into its value and its parameters (RFC 9110, 5.6.6)."""
     match = _HEADER.fullmatch(text)
-    pairs = [
-        (key.lower(), long or token) for key, long, token in _PARAMETER.findall(text)
-    ]
+    pairs = [(key.lower(), v or token) for key, v, token in _PARAMETER.findall(text)]
     if not match or len(dict(pairs)) < len(pairs):
         raise HTTPError(400, f"The header {quoted(text)} is not well formed.")
     return match[1].lower(), dict(pairs)
@@ -2487,9 +2469,8 @@ def parse_header(text: str) -> tuple[str, dict[str, str]]:
 
 def _part(head: bytes) -> PartBegins:
     """Read the headers of a part (RFC 7578, 4.2)."""
-    lines = [
-        line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n")
-    ]
+    text = head.decode("utf-8", "replace")
+    lines = [line.partition(":") for line in text.split("\r\n")]
     headers = [(name.strip().lower(), value.strip()) for name, _, value in lines]
     about = [value for name, value in headers if name == "content-disposition"]
     coded = {v.lower() for name, v in headers if name == "content-transfer-encoding"}
@@ -2500,91 +2481,16 @@ def _part(head: bytes) -> PartBegins:
     return PartBegins(values["name"], values.get("filename"))
 
 
+@dataclass(slots=True)
 class Form:
-    """The fields of an upload, and its file, which is staged as it arrives."""
+    """The fields of an upload that are used, and its file, which is staged."""
 
-    def __init__(self, staging: Path) -> None:
-        self.fields: dict[str, str] = {}
-        self.filename = ""
-        self.staged: Path | None = None
-        self.size = 0
-        self.digests: dict[str, Any] = {}  # hashes of the file, by name of their field
-        self._staging = staging
-        self._file: BinaryIO | None = None
-        self._field = ""
-        self._value = bytearray()
-        self._total = 0
-        self._hashing: threading.Thread | None = None
-
-    def take(self, event: Event) -> None:
-        if isinstance(event, PartBegins):
-            self._begin(event)
-        elif isinstance(event, PartEnds):
-            self._end()
-        elif self._file:
-            self._write(self._file, event.data)
-        else:
-            self._collect(event.data)
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
-        self._wait_for_hash()
-
-    def _begin(self, part: PartBegins) -> None:
-        self._field, self._value = part.name, bytearray()
-        if part.name != "content" or self.fields.get(":action", UPLOAD) != UPLOAD:
-            return
-        if self.staged:
-            raise HTTPError(400, "The form has two files in 'content'; send only one.")
-        if not part.filename:
-            raise HTTPError(400, "Missing 'content' file-field!")
-        self.filename = parse_upload(part.filename).filename
-        self._file = open_staged(self._staging)
-        self.staged = Path(self._file.name)
-        # Most clients send digests first. Others are computed from the staged file.
-        names = {"sha256_digest"} | self.fields.keys() & DIGESTS.keys()
-        self.digests = {name: DIGESTS[name]() for name in names}
-
-    def _write(self, file: BinaryIO, data: bytes) -> None:
-        """Write a chunk. A thread hashes a large one while the next one arrives.
-
-        Hashing takes most of the time of an upload, and it can use another processor.
-        """
-        self._wait_for_hash()
-        if len(data) > SMALL:
-            self._hashing = threading.Thread(target=self._hash, args=(data,))
-            self._hashing.start()
-        else:
-            self._hash(data)
-        file.write(data)
-        self.size += len(data)
-
-    def _hash(self, data: bytes) -> None:
-        for digest in self.digests.values():
-            digest.update(data)
-
-    def _wait_for_hash(self) -> None:
-        if self._hashing:
-            self._hashing.join()
-
-    def _collect(self, data: bytes) -> None:
-        self._total += len(data)
-        if self._field in KEPT_FIELDS:
-            self._value += data
-        if self._total > MAX_FORM or len(self._value) > MAX_VALUE:
-            raise HTTPError(413, f"The field {quoted(self._field)} is too long.")
-
-    def _end(self) -> None:
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())  # an acknowledged upload survives a power cut
-            self.close()
-        elif self._field in KEPT_FIELDS:
-            if self._field in self.fields:
-                raise HTTPError(400, f"The form has two fields {quoted(self._field)}.")
-            self.fields[self._field] = self._value.decode("utf-8", "replace")
+    fields: dict[str, str] = field(default_factory=dict)
+    total: int = 0  # bytes of all fields
+    filename: str = ""
+    staged: Path | None = None
+    size: int = 0  # of the file
+    digests: dict[str, Any] = field(default_factory=dict)  # by the name of their field
 
 
 def parse_upload(name: str, project: str = "") -> Parsed:
@@ -2603,16 +2509,83 @@ def read_form(app: App, request: Request) -> Form:
     if limit and length > limit:
         why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} bytes."
         raise HTTPError(413, why)
-    app.admit(request)
-    form = Form(app.index.store.staging)
-    try:
-        for event in _events(request, length):
-            form.take(event)
-    finally:
-        if form.staged:
-            request.cleanup.append(partial(form.staged.unlink, missing_ok=True))
-        form.close()
+    take_slot(request, app.uploads)
+    form = Form()
+    for part, chunks in _parts(_events(request, length)):
+        if part.name == "content" and form.fields.get(":action", UPLOAD) == UPLOAD:
+            if form.staged:
+                why = "The form has two files in 'content'; send only one."
+                raise HTTPError(400, why)
+            if not part.filename:
+                raise HTTPError(400, "Missing 'content' file-field!")
+            form.filename = parse_upload(part.filename).filename
+            with open_staged(app.index.store.staging) as file:
+                form.staged = Path(file.name)
+                request.cleanup.append(partial(form.staged.unlink, missing_ok=True))
+                _write(form, file, chunks)
+        else:
+            _collect(form, part.name, chunks)
     return form
+
+
+def take_slot(request: Request, slots: threading.Semaphore) -> None:
+    """Let a body be read, in one of a few slots; raise 503 if none is free."""
+    if not slots.acquire(blocking=False):
+        why = "Too many requests send data at this moment. Try again."
+        raise HTTPError(503, why, Retry_After="5")
+    request.cleanup.append(slots.release)
+
+
+def _parts(events: Iterator[Event]) -> Iterator[tuple[PartBegins, Iterator[bytes]]]:
+    """Each part and its data, which is read before the next part."""
+    for event in events:
+        if isinstance(event, PartBegins):
+            data: Any = iter(partial(next, events), PartEnds())
+            yield event, (piece.data for piece in data)
+
+
+def _write(form: Form, file: BinaryIO, chunks: Iterator[bytes]) -> None:
+    """Write a file. A thread hashes a large chunk while the next one arrives.
+
+    Hashing takes most of the time of an upload, and it can use another processor.
+    """
+    # Most clients send digests first. Others are computed from the staged file.
+    names = {"sha256_digest"} | form.fields.keys() & DIGESTS.keys()
+    form.digests = {name: DIGESTS[name]() for name in names}
+    hashing: threading.Thread | None = None
+    for chunk in chunks:
+        if hashing:
+            hashing.join()
+        if len(chunk) > SMALL:
+            hashing = threading.Thread(target=_hash, args=(form, chunk))
+            hashing.start()
+        else:
+            _hash(form, chunk)
+        file.write(chunk)
+        form.size += len(chunk)
+    if hashing:
+        hashing.join()
+    file.flush()
+    os.fsync(file.fileno())  # an acknowledged upload survives a power cut
+
+
+def _hash(form: Form, chunk: bytes) -> None:
+    for digest in form.digests.values():
+        digest.update(chunk)
+
+
+def _collect(form: Form, name: str, chunks: Iterator[bytes]) -> None:
+    """Keep a field if it is used; bound it in any case."""
+    value = b""
+    for chunk in chunks:
+        form.total += len(chunk)
+        value += chunk if name in KEPT_FIELDS else b""
+        if form.total > MAX_FORM or len(value) > MAX_VALUE:
+            raise HTTPError(413, f"The field {quoted(name)} is too long.")
+    if name in form.fields:
+        raise HTTPError(400, f"The form has two fields {quoted(name)}.")
+    if name in KEPT_FIELDS:
+        form.fields[name] = value.decode("utf-8", "replace")
 
 
 def _events(request: Request, length: int) -> Iterator[Event]:
@@ -2639,9 +2612,7 @@ def content_length(request: Request) -> int:
     if not text:
         raise HTTPError(411, "Send the request with a Content-Length.")
     if not re.fullmatch(r"\d{1,15}", text, re.ASCII):
-        raise HTTPError(
-            400, f"Content-Length is {quoted(text)}, which is not a length."
-        )
+        raise HTTPError(400, f"Content-Length {quoted(text)} is not a length.")
     return int(text)
 
 
@@ -2663,12 +2634,11 @@ def read_body(request: Request, length: int) -> Iterator[bytes]:
             raise HTTPError(400, f"The body cannot be read: {fault}.") from fault
         finally:
             timer.cancel()
-        if time.monotonic() > ends:
-            why = f"The body comes with less than {LEAST_RATE} bytes a second."
-            raise HTTPError(408, why)
-        if not chunk:
-            short = f"The body ends {request.unread} bytes before its Content-Length."
-            raise HTTPError(400, short)
+        late = time.monotonic() > ends
+        if late or not chunk:
+            why = f"The body ends {request.unread} bytes before its Content-Length"
+            slow = f"The body comes with less than {LEAST_RATE} bytes a second"
+            raise HTTPError(408 if late else 400, f"{slow if late else why}.")
         received += len(chunk)
         request.unread -= len(chunk)
         yield chunk
@@ -2890,7 +2860,7 @@ def search(app: App, request: Request) -> Response:
     length = content_length(request)
     if length > MAX_PART_HEADERS:
         raise HTTPError(413, f"A search of {length} bytes is too long.")
-    app.admit(request)
+    take_slot(request, app.searches)
     body = b"".join(read_body(request, length))
     try:
         if b"<!" in body or b"\0" in body:  # a DTD, perhaps in UTF-16, can explode
@@ -2986,9 +2956,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
     project = to_project(args["project"]) if "project" in args else Project("")
     if project is None:
-        raise HTTPError(
-            404, f"{quoted(args['project'])} is not a project's name (PEP 508)."
-        )
+        raise HTTPError(404, f"{quoted(args['project'])} is not a project's name.")
     canonical = route.path.format(**args | {"project": project})
     if route.method != "GET" or route.action == "download" or canonical == path:
         return route, project, args, ""
@@ -3007,9 +2975,8 @@ class App:
         self.after: list[After] = [index.push]
         self.verbose = False  # a log line for every request
         # App Engine counts staged files as memory, and allows 32 MB for each.
-        uploads = threading.Semaphore(4 if settings.hosted else 8)
-        self._slots: dict[str | None, threading.Semaphore]
-        self._slots = {"update": uploads, "list": threading.Semaphore(8)}
+        self.uploads = threading.Semaphore(4 if settings.hosted else 8)
+        self.searches = threading.Semaphore(8)
         own = Route("GET", settings.health_endpoint, None, health)
         self._router = Router((own, *ROUTES))
 
@@ -3061,15 +3028,6 @@ class App:
             self._log(logging.INFO, request, _in_words(change))
         return response
 
-    def admit(self, request: Request) -> None:
-        """Let a body be read, in a slot of its action; raise 503 if none is free."""
-        action = request.route.action if request.route else None
-        slot = self._slots[action]
-        if not slot.acquire(blocking=False):
-            why = "Too many requests send data at this moment. Try again."
-            raise HTTPError(503, why, Retry_After="5")
-        request.cleanup.append(slot.release)
-
     def _authorize(self, request: Request) -> None:
         try:
             request.user = self.users.verify(request.header("Authorization"))
@@ -3081,10 +3039,8 @@ class App:
     def _refuse(self, request: Request, why: HTTPError) -> Response:
         if why.status in (401, 403) or request.method == "POST":
             self._log(logging.WARNING, request, f"refused with {why.status}: {why}")
-        answer, environ = (
-            text_response(why.status, why.message, *why.headers),
-            request.environ,
-        )
+        answer = text_response(why.status, why.message, *why.headers)
+        environ = request.environ
         sends = environ.get("CONTENT_LENGTH") or environ.get("HTTP_TRANSFER_ENCODING")
         if sends and request.unread != 0 and (connection := connection_of(request)):
             return replace(answer, body=answer_early(answer.body, connection))
