@@ -427,7 +427,7 @@ NOSNIFF: Header = ("X-Content-Type-Options", "nosniff")
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
 CHUNK = 1 << 20  # bytes per read; gunicorn 27 receives as many, and copies leftovers
-SOCKET = "pypi_ae.socket"  # where serve() puts it; gunicorn has a name of its own
+SOCKET = "gunicorn.socket"  # the connection, in an environ; serve() sets it too
 LINGER = 0.5  # seconds for the rest of a refused body; its thread answers nobody else
 SIDECARS = (".metadata", ".yanked")  # of a distribution, by their suffix
 
@@ -500,9 +500,8 @@ class Request:
 
 def connection_of(request: Request) -> Any:
     """The socket of a request, if its server shows it; None if others share it."""
-    environ = request.environ
-    shared = environ.get("SERVER_PROTOCOL", "").startswith("HTTP/2")
-    return None if shared else environ.get("gunicorn.socket", environ.get(SOCKET))
+    is_shared = request.environ["SERVER_PROTOCOL"].startswith("HTTP/2")
+    return None if is_shared else request.environ.get(SOCKET)
 
 
 def end_reading(connection: Any) -> None:
@@ -829,9 +828,10 @@ def _unauthorized(message: str) -> HTTPError:
 
 # ---- 6. Archives ---------------------------------------------------------------------
 # Core metadata comes from the distribution itself: METADATA of a wheel, PKG-INFO of an
-# sdist. A stranger may have made the archive, so every read is bounded. What archive
-# readers raise becomes ArchiveError. An OSError of the source means that the store
-# failed, so it passes unchanged.
+# sdist. A stranger may have made the archive, so every read is bounded, and a zip that
+# two readers may read differently is refused. What archive readers raise becomes
+# ArchiveError. An OSError of the source means that the store failed, so it passes
+# unchanged.
 
 MAX_METADATA = 4 << 20  # bytes; with a long README, metadata on PyPI has up to 1 MiB
 MAX_PIECE = 8 << 20  # bytes of one read; the directory of a zip with 80,000 files
@@ -869,6 +869,7 @@ class BoundedFile(io.BufferedIOBase):
 
     def __init__(self, source: IO[bytes], end: int) -> None:
         self._source, self._end = source, end
+        self.is_at_hand = isinstance(source, io.IOBase)  # not read in ranges
         self.fault: OSError | None = None  # of the source; zipfile hides some
 
     def read(self, size: int | None = -1) -> bytes:
@@ -901,9 +902,7 @@ def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetad
     try:
         if filename.endswith((".whl", ".zip")):
             name = _METADATA if filename.endswith(".whl") else _PKG_INFO
-            # What is read in ranges was checked in full when its facts were computed.
-            in_full = isinstance(source, io.IOBase)
-            return _parse_metadata(_zip_member(file, name, in_full=in_full))
+            return _parse_metadata(_zip_member(file, name))
         return _parse_metadata(_tar_member(file, size))
     except (ArchiveError, MemoryError):
         raise
@@ -913,11 +912,11 @@ def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetad
         raise ArchiveError(f"it cannot be read: {fault}") from fault
 
 
-def _zip_member(file: BoundedFile, name: re.Pattern[str], *, in_full: bool) -> bytes:
+def _zip_member(file: BoundedFile, name: re.Pattern[str]) -> bytes:
     import zipfile  # takes 10 ms; only uploads and new files need it
 
     archive = zipfile.ZipFile(file)
-    if in_full:
+    if file.is_at_hand:  # else its facts are known, so it was checked before
         _check_zip(file, archive)
     members = [m for m in archive.infolist() if name.fullmatch(m.filename)]
     if len(members) != 1:
@@ -2339,9 +2338,9 @@ def _file_body(
 
 # ---- 13. Uploads ---------------------------------------------------------------------
 # The legacy upload form is multipart/form-data (RFC 7578). Its bytes go into the parser
-# as they arrive, and events come out. Form hashes the content and writes it to a
-# staging file. All other fields are small, and bounded. A staged file gets its name
-# when all checks have passed.
+# as they arrive, and events come out. The content is hashed and written to a staging
+# file, if its name is good. All other fields are small, and bounded. A staged file gets
+# its name when all checks have passed.
 
 MAX_PART_HEADERS = 8 << 10  # bytes; clients send about 150
 MAX_VALUE = 1000  # bytes of a field that is used; a name has 215, a digest 128
@@ -2514,8 +2513,7 @@ def read_form(app: App, request: Request) -> Form:
     for part, chunks in _parts(_events(request, length)):
         if part.name == "content" and form.fields.get(":action", UPLOAD) == UPLOAD:
             if form.staged:
-                why = "The form has two files in 'content'; send only one."
-                raise HTTPError(400, why)
+                raise HTTPError(400, "The form has two files; send only one.")
             if not part.filename:
                 raise HTTPError(400, "Missing 'content' file-field!")
             form.filename = parse_upload(part.filename).filename
