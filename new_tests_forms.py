@@ -43,6 +43,7 @@ from test_pypi_ae import (
     REMOVE,
     S2,
     SDIST,
+    SERVERS,
     URLENCODED,
     W2,
     WHEEL,
@@ -714,12 +715,20 @@ def trickle(server: Server, kind: str, path: str, login: str) -> socket.socket:
     ("/", False, {401}), ("/", True, {408, 503}), ("/RPC2", False, {408, 503}),
 ])  # fmt: skip
 def test_posts_that_trickle_do_not_stop_pages(
-    tmp_path: Path, start: Start, path: str, user: bool, statuses: set[int]
+    tmp_path: Path,
+    start: Start,
+    monkeypatch: Patch,
+    path: str,
+    user: bool,
+    statuses: set[int],
 ) -> None:
-    """Of 50 at once; gunicorn's 16 threads would wait for all their bytes."""
+    """50 at once; gunicorn's 16 threads would wait for all their bytes."""
     (tmp_path / "quick.py").write_text("import pypi_ae\npypi_ae.GRACE = 3\n")
-    command = f"--config {tmp_path / 'quick.py'} --workers 1 --threads 16"
-    server = start("one", GUNICORN_CMD_ARGS=command)
+    monkeypatch.setitem(SERVERS, "gunicorn", (
+        *("-m", "gunicorn", "--threads", "16", "-b", "127.0.0.1:0"),
+        *("--config", str(tmp_path / "quick.py"), "pypi_ae:get_app()"),
+    ))  # fmt: skip
+    server = start("one")
     server.upload(WHEEL, make_wheel())  # the login is known now
     who = f"{test_pypi_ae.USER}:{test_pypi_ae.PASSWORD}" if user else ""
     kind = MULTIPART["content_type"]
