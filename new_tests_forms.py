@@ -1,5 +1,6 @@
 """New tests of sections 3, 6 and 13, of reading bodies, and of early answers."""
 
+# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import gzip
@@ -21,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -45,6 +47,7 @@ from test_pypi_ae import (
     SDIST,
     SERVERS,
     URLENCODED,
+    VERSION,
     W2,
     WHEEL,
     WHEEL2,
@@ -61,8 +64,8 @@ from test_pypi_ae import (
     bad_part,
     bad_upload,
     basic,
-    clients,
     client,
+    clients,
     cut,
     each_publisher,
     encode,
@@ -106,14 +109,21 @@ def test_name_with_two_versions_has_the_longer_one(
 
 
 GOOD_PYTHONS = [">=3.8", ">=3.8, <4", ">= 2.7, !=3.0.*,!=3.1.*", "~=3.9", "===3.9.1"]
-GOOD_PYTHONS += [">=3.6.*", ">=3.6,", "<4,>=3.7.1rc1", "==3.*", " >=3 ", ">=3" + " " * 90]
-BAD_PYTHONS = ["3.8", "=>3", ">=3.8 <4", ">=x", "\"><script>", ">=3;<4", ">=3.8 # soon"]
+GOOD_PYTHONS += [
+    ">=3.6.*",
+    ">=3.6,",
+    "<4,>=3.7.1rc1",
+    "==3.*",
+    " >=3 ",
+    ">=3" + " " * 90,
+]
+BAD_PYTHONS = ["3.8", "=>3", ">=3.8 <4", ">=x", '"><script>', ">=3;<4", ">=3.8 # soon"]
 BAD_PYTHONS += [",".join([">=3"] * 400), ">=" + "1" * 5000, "== =3", ">"]
 
 
 @pytest.mark.parametrize("python", GOOD_PYTHONS)
 def test_requires_python_that_is_valid_is_taken(client: Client, python: str) -> None:
-    """PEP 440, and what pip takes beside it: a wildcard anywhere, a comma at the end."""
+    """PEP 440, and what pip takes too: a wildcard anywhere, a comma at the end."""
     assert client.upload(WHEEL, make_wheel(requires_python=python)).status == 200
     assert client.page()["files"][WHEEL]["requires-python"] == python.strip()
 
@@ -167,7 +177,11 @@ def extended(kind: bytes, text: bytes, name: str = "acme-2.0/x") -> bytes:
 
 def record(key: str, value: str) -> bytes:
     rest = f" {key}={value}\n".encode()
-    return next(b"%d%b" % (n, rest) for n in itertools.count(len(rest)) if len(b"%d" % n) + len(rest) == n)
+    return next(
+        b"%d%b" % (n, rest)
+        for n in itertools.count(len(rest))
+        if len(b"%d" % n) + len(rest) == n
+    )
 
 
 INFO_MEMBER = extended(b"0", METADATA2, INFO)
@@ -288,9 +302,11 @@ HONEST: dict[str, Callable[[], bytes]] = {
     "links.tar.gz": lambda: tar_of(
         tar_header("acme-2.0/a", b"2"), tar_header("acme-2.0/b", b"1"), INFO_MEMBER
     ),
-    "twice-packed.tar.gz": lambda: tar_of(LONG_NAME, tar_header("x", b"0"))[:0]
-    + gzip.compress(INFO_MEMBER[:512])
-    + gzip.compress(INFO_MEMBER[512:]),
+    "twice-packed.tar.gz": lambda: (
+        tar_of(LONG_NAME, tar_header("x", b"0"))[:0]
+        + gzip.compress(INFO_MEMBER[:512])
+        + gzip.compress(INFO_MEMBER[512:])
+    ),
 }
 
 
@@ -303,9 +319,9 @@ def test_archives_of_honest_tools_are_taken(client: Client, archive: str) -> Non
 
 
 @pytest.mark.parametrize("text", [
-    "Summary: a\x0bName: acme\nVersion: 1.0\n", "Summary: a\x85Name: acme\nVersion: 1.0\n",
-    "Summary: a\x0cName: acme\nVersion: 1.0\n", "Summary: a\u2028Name: acme\nVersion: 1.0",
-    "Summary: a\x1cName: acme\nVersion: 1.0\n", " Name: acme\nVersion: 1.0\n",
+    *(f"Summary: a{letter}Name: acme\nVersion: 1.0\n"
+      for letter in "\x0b\x0c\x1c\x1e\x85\u2028\u2029"),
+    " Name: acme\nVersion: 1.0\n",
 ])  # fmt: skip
 def test_only_a_line_feed_begins_a_field(client: Client, text: str) -> None:
     wheel = make_zip({"acme-1.0.dist-info/METADATA": text.encode()})
@@ -314,7 +330,8 @@ def test_only_a_line_feed_begins_a_field(client: Client, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    "Name: acme\r\nVersion: 1.0\r\n\r\nName: evil\r\n", "nAME:acme\nVERSION :2\nVersion:1.0",
+    "Name: acme\r\nVersion: 1.0\r\n\r\nName: evil\r\n",
+    "nAME:acme\nVERSION :2\nVersion:1.0",
     "Description: a\n \n        b\n\t\n  c\nName: acme\nVersion: 1.0\nName: evil\n",
 ])  # fmt: skip
 def test_fields_are_read_up_to_the_first_empty_line(client: Client, text: str) -> None:
@@ -395,9 +412,12 @@ OUTCOMES: dict[str, bytes] = {
     "line ends": b"--b0\r\r\n" + HEAD + b"\r\n\r\n1\r\n--b0--",
     "no headers": b"--b0\r\n\r\n1\r\n--b0--",
     "two boundaries": b"--b0\r\n--b0\r\n" + HEAD + b"\r\n\r\n1\r\n--b0--",
-    "binary": encode([NAME]).replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: binary\r\n\r\n"),
-    "quoted": b'--b0\r\nContent-Disposition: form-data; foo="; name=x"; name=y\r\n\r\n1\r\n--b0--',
-}  # fmt: skip
+    "binary": encode([NAME]).replace(
+        b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: binary\r\n\r\n"
+    ),
+    "quoted": b"--b0\r\nContent-Disposition: form-data"
+    b'; foo="; name=x"; name=y\r\n\r\n1\r\n--b0--',
+}
 LONG_OUTCOMES = {
     f"{what} of {EDGE + more}": body
     for more in range(-8, 9)
@@ -438,20 +458,20 @@ def test_outcome_is_the_same_at_the_bounds() -> None:
 
 
 def test_outcome_is_the_same_in_random_chunks() -> None:
-    hypothesis = pytest.importorskip("hypothesis")
-    st = pytest.importorskip("hypothesis.strategies")
+    hypothesis: Any = pytest.importorskip("hypothesis")
+    st: Any = pytest.importorskip("hypothesis.strategies")
     names = st.text("ab-\r\né 0", max_size=9).map(lambda text: text.encode())
     sizes = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 
-    @hypothesis.settings(max_examples=150, deadline=None, database=None)
-    @hypothesis.given(st.lists(names, max_size=4), sizes, st.integers(0, 300))
     def check(values: list[bytes], sizes: list[int], short: int) -> None:
         body = encode(field("f", value) for value in values)
         body = body[: len(body) - short] if short < len(body) else body
         expected = outcome([body])
         assert outcome(cut(body, itertools.cycle(sizes))) == expected
 
-    check()
+    given = hypothesis.given(st.lists(names, max_size=4), sizes, st.integers(0, 300))
+    quiet = hypothesis.settings(max_examples=150, deadline=None, database=None)
+    quiet(given(check))()
 
 
 def test_other_encoders_and_parsers_agree() -> None:
@@ -465,7 +485,7 @@ def test_other_encoders_and_parsers_agree() -> None:
         kind, values = pypi_ae.parse_header(sent.headers["Content-Type"])
         assert kind == "multipart/form-data"
         parser = pypi_ae.MultipartParser(values["boundary"].encode())
-        expected = [(name, None, value.encode()) for name, value in fields.items()]
+        expected: list[Any] = [(k, None, v.encode()) for k, v in fields.items()]
         expected.append(("content", "a b+1!.whl", data))
         got: list[Any] = []
         body: Any = sent.body
@@ -489,7 +509,9 @@ def test_other_encoders_and_parsers_agree() -> None:
 def test_coding_that_changes_nothing_is_taken(client: Client, coding: str) -> None:
     line = f"\r\nContent-Transfer-Encoding:{coding}\r\n\r\n".encode()
     body = encode(upload_form(WHEEL2, b"")).replace(b"\r\n\r\n", line)
-    body = body.replace(sha_of(b""), sha_of(W2)).replace(line + b"\r\n--b0--", line + W2 + b"\r\n--b0--")
+    body = body.replace(sha_of(b""), sha_of(W2)).replace(
+        line + b"\r\n--b0--", line + W2 + b"\r\n--b0--"
+    )
     assert client.send("POST", "/", body, **MULTIPART).status == 200
 
 
@@ -523,7 +545,8 @@ def test_header_with_two_readings_is_refused(stocked: Client, text: str) -> None
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("text", [
     "multipart/form-data;" + "\n" * 200_000, "multipart/form-data; boundary=" * 20_000,
-    "multipart/form-data;" + " ; " * 100_000 + '"', "a" * 500_000 + ";" + "\n;" * 99_999,
+    "multipart/form-data;" + " ; " * 100_000 + '"',
+    "a" * 500_000 + ";" + "\n;" * 99_999,
     "multipart/form-data" + "; a=b" * 100_000 + '"', 'x; a="' + '; a="' * 100_000,
 ])  # fmt: skip
 def test_long_content_type_is_read_in_linear_time(client: Client, text: str) -> None:
@@ -542,7 +565,9 @@ def test_urlencoded_form_works_as_multipart_does(stocked: Client) -> None:
     assert urlencoded(stocked, "%3Aaction=file_upload&content=x").status == 400
     assert urlencoded(stocked, "%3Aaction=remove_pkg&name=a&name=b").status == 400
     assert urlencoded(stocked, ":action=" + "x" * 70_000).status == 400
-    assert urlencoded(stocked, b":action=remove_pkg&name=acme&version=\xff").status == 404
+    assert (
+        urlencoded(stocked, b":action=remove_pkg&name=acme&version=\xff").status == 404
+    )
     assert set(stocked.page()["files"]) == {WHEEL, SDIST}
     done = urlencoded(stocked, "%3Aaction=remove_pkg&name=ACME&version=1%2E0")
     assert done.status == 200
@@ -568,7 +593,7 @@ def test_bad_filename_is_refused_before_its_bytes(client: Client, name: str) -> 
 
 
 def test_of_many_uploads_at_once_some_are_sent_away(client: Client) -> None:
-    """They are 503 before their body is read, and pages go on; then all is as before."""
+    """They are 503 before their body is read, and pages go on."""
     form, held = encode(upload_form(WHEEL, make_wheel())), threading.Event()
     bodies = [Body(form, len(form) - 20, lambda: held.wait(20)) for _ in range(8)]
     threads = [
@@ -595,7 +620,12 @@ class Slow:
     """A body that comes with so many bytes a second, by a clock that is moved."""
 
     def __init__(self, data: bytes, rate: float, now: list[float]) -> None:
-        self._file, self._size, self._rate, self._now = io.BytesIO(data), len(data), rate, now
+        self._file, self._size, self._rate, self._now = (
+            io.BytesIO(data),
+            len(data),
+            rate,
+            now,
+        )
 
     def __len__(self) -> int:
         return self._size
@@ -608,7 +638,9 @@ class Slow:
     readline = readlines = __iter__ = read
 
 
-@pytest.mark.parametrize(("rate", "status"), [(100, 408), (900, 408), (2100, 200), (1e6, 200)])
+@pytest.mark.parametrize(
+    ("rate", "status"), [(100, 408), (900, 408), (2100, 200), (1e6, 200)]
+)
 def test_body_has_a_least_rate(
     client: Client, now: list[float], rate: float, status: int
 ) -> None:
@@ -621,7 +653,7 @@ def test_body_has_a_least_rate(
 
 @pytest.mark.parametrize("status", [401, 404, 405, 413, 400])
 def test_refusal_does_not_wait_for_the_body(root: Path, status: int) -> None:
-    """The answer comes first. Then what the client still sends is read, for a moment."""
+    """The answer comes first. What still comes is read for a moment."""
     users = {"a": pypi_ae.hash_password("b")} if status == 401 else None
     own: dict[str, Any] = {"authenticate": "update"} if users else {}
     client = Client(make_app(root, users=users, max_upload_mb="0.001", **own))
@@ -643,21 +675,29 @@ def test_refusal_does_not_wait_for_the_body(root: Path, status: int) -> None:
 
 
 @pytest.mark.usefixtures("patience")
-@pytest.mark.parametrize("key", [":action", "name", "version", "filetype", "md5_digest", "x"])
-def test_message_quotes_little_of_a_value(stocked: Client, caplog: Log, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", [":action", "name", "version", "filetype", "md5_digest", "x"]
+)
+def test_message_quotes_little_of_a_value(
+    stocked: Client, caplog: Log, key: str
+) -> None:
     for size in (900, 4_000_000, 9_000_000):
         fields: dict[str, Any] = {key: "é" * (size // 2)}
         answers = [
             stocked.upload(WHEEL2, W2, **fields),
             stocked.post([REMOVE, *(field(k, v) for k, v in fields.items())]),
-            stocked.post([field(fields[key][:4000], "x"), field(":action", "\n" * 900)]),
+            stocked.post(
+                [field(fields[key][:4000], "x"), field(":action", "\n" * 900)]
+            ),
         ]
         assert {answer.status for answer in answers} <= {200, 400, 404, 413}
         assert all(len(answer.body) < 2500 for answer in answers)
     assert all(len(record.getMessage()) < 2500 for record in caplog.records)
 
 
-@pytest.mark.parametrize("where", ["path", "accept", "format", "encoding", "version", "name"])
+@pytest.mark.parametrize(
+    "where", ["path", "accept", "format", "encoding", "version", "name"]
+)
 def test_long_values_do_not_stay(stocked: Client, where: str) -> None:
     """Nothing of 40 MB is kept when the requests have ended."""
 
@@ -673,8 +713,9 @@ def test_long_values_do_not_stay(stocked: Client, where: str) -> None:
             query = {"QUERY_STRING": f"format=text/html,{long}"}
             stocked.send("GET", "/simple/acme/", hostile=query)
         else:
-            stocked.post([REMOVE, NAME, field("version", long)] if where == "version"
-                         else [REMOVE, field("name", long), field("version", "1")])  # fmt: skip
+            named = [field("name", long), VERSION]
+            versioned = [NAME, field("version", long)]
+            stocked.post([REMOVE, *(named if where == "name" else versioned)])
 
     send(0)
     tracemalloc.start()
@@ -703,9 +744,12 @@ def test_client_that_still_sends_sees_why_it_is_refused(
 
 def trickle(server: Server, kind: str, path: str, login: str) -> socket.socket:
     """Begin a post whose body does not come."""
-    where = requests.utils.urlparse(server.url)
+    where = urlsplit(server.url)
     lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {kind}"]
-    lines += ["Content-Length: 8000", *([f"Authorization: {basic(login)}"] if login else [])]
+    lines += [
+        "Content-Length: 8000",
+        *([f"Authorization: {basic(login)}"] if login else []),
+    ]
     client = socket.create_connection((where.hostname, where.port), 30)
     client.sendall("\r\n".join([*lines, "", "x"]).encode())
     return client
