@@ -505,9 +505,9 @@ def test_other_encoders_and_parsers_agree() -> None:
             part.close()
 
 
-@pytest.mark.parametrize("coding", ["binary", "8bit", " 7BIT ", "Binary"])
+@pytest.mark.parametrize("coding", ["binary", "8bit", " 7BIT ", "Binary\t"])
 def test_coding_that_changes_nothing_is_taken(client: Client, coding: str) -> None:
-    line = f"\r\nContent-Transfer-Encoding:{coding}\r\n\r\n".encode()
+    line = f"\r\nContent-Transfer-Encoding: {coding}\r\n\r\n".encode()
     body = encode(upload_form(WHEEL2, b"")).replace(b"\r\n\r\n", line)
     body = body.replace(sha_of(b""), sha_of(W2)).replace(
         line + b"\r\n--b0--", line + W2 + b"\r\n--b0--"
