@@ -909,7 +909,7 @@ def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetad
     except Exception as fault:  # zipfile, tarfile and zlib raise about ten kinds
         if file.fault:
             raise file.fault from None
-        raise ArchiveError(f"it cannot be read: {fault}") from fault
+        raise ArchiveError(f"it cannot be read: {str(fault)[:200]}") from fault
 
 
 def _zip_member(file: BoundedFile, name: re.Pattern[str]) -> bytes:
@@ -923,7 +923,7 @@ def _zip_member(file: BoundedFile, name: re.Pattern[str]) -> bytes:
         raise ArchiveError(f"it has {len(members)} files like {name.pattern!r}, not 1")
     # Only stored and deflated members: the other methods unpack without a bound.
     if members[0].file_size > MAX_METADATA or members[0].compress_type not in (0, 8):
-        raise ArchiveError(f"{members[0].filename} is too large, or packed unusually")
+        raise ArchiveError("its metadata is too large, or packed unusually")
     with archive.open(members[0]) as member:
         return member.read(MAX_METADATA)
 
@@ -2516,9 +2516,7 @@ def read_form(app: App, request: Request) -> Form:
         if part.name == "content" and form.fields.get(":action", UPLOAD) == UPLOAD:
             if form.staged:
                 raise HTTPError(400, "The form has two files; send only one.")
-            if not part.filename:
-                raise HTTPError(400, "Missing 'content' file-field!")
-            form.filename = parse_upload(part.filename).filename
+            form.filename = parse_upload(part.filename or "").filename
             with open_staged(app.index.store.staging) as file:
                 form.staged = Path(file.name)
                 request.cleanup.append(partial(form.staged.unlink, missing_ok=True))
