@@ -513,7 +513,7 @@ def end_reading(connection: Any) -> None:
 def answer_early(body: Iterable[bytes], connection: Any) -> Iterator[bytes]:
     """Send an answer while its request still comes, and read that for a moment.
 
-    If the connection was closed with unread bytes, many a client would see no answer.
+    If a connection is closed while bytes of it are unread, some clients see no answer.
     """
     yield from body
     ends = time.monotonic() + LINGER
@@ -2619,8 +2619,8 @@ def read_body(request: Request, length: int) -> Iterator[bytes]:
     request.unread, began, received = length, time.monotonic(), 0
     connection = connection_of(request)
     while request.unread:
-        # gunicorn returns only with all that is asked for. So no more is than has come
-        # before: the bytes of a slow client are counted in time.
+        # gunicorn's read returns when it has all bytes asked for. Never ask for more
+        # than came before, so that the bytes of a slow client are counted in time.
         size = min(max(received, GRACE * LEAST_RATE), request.unread, CHUNK)
         ends = began + GRACE + received / LEAST_RATE
         timer = threading.Timer(ends - time.monotonic(), end_reading, [connection])
