@@ -82,7 +82,9 @@ import json
 import logging
 import os
 import re
+import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -104,10 +106,11 @@ from typing import (
     Protocol,
     TypeVar,
 )
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, parse_qsl, quote
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
+    from zipfile import ZipFile
 
     from gcs_rest import Bucket, Object
 
@@ -145,6 +148,11 @@ class SettingsError(ValueError):
 
 class ArchiveError(ValueError):
     """The core metadata of a wheel or sdist cannot be read. The message says why."""
+
+
+def quoted(value: str) -> str:
+    """A foreign value for a message or a log line: 200 letters of it at most."""
+    return repr(value) if len(value) <= 200 else f"{value[:200]!r}..."
 
 
 # ---- 2. Settings ---------------------------------------------------------------------
@@ -221,7 +229,7 @@ def _directories(values: Mapping[str, str]) -> tuple[Path, str]:
 
 
 def _bad(name: str, value: str, rule: str) -> SettingsError:
-    return SettingsError(f"{name} is {value[:200]!r}; {rule}.")
+    return SettingsError(f"{name} is {quoted(value)}; {rule}.")
 
 
 def _split(text: str) -> list[str]:
@@ -306,7 +314,13 @@ _VERSION = re.compile(
     (?:\+(?P<local>[a-z0-9]+(?:[-_.][a-z0-9]+)*))?""",
     re.X | re.I | re.ASCII,
 )
+_CLAUSE = re.compile(  # of Requires-Python; pip takes a wildcard after each operator
+    rf"\s*(?:===\s*\S+|(?:[~=!<>]=|[<>])\s*{_VERSION.pattern}(?:\.\*)?)?\s*",
+    re.X | re.I | re.ASCII,
+)
+_TWO_WAYS = re.compile(r".+-v?\d.*-v?\d.*\.(?:tar\.gz|tgz|zip)", re.I | re.ASCII)
 MAX_VERSION = 200  # letters; a longer one is no version, so that int() stays fast
+MAX_PYTHON = 1000  # letters of Requires-Python; each page of a project repeats it
 UPLOADABLE = (".whl", ".tar.gz", ".zip")  # wheels and sdists, as PyPI takes them
 VersionKey = tuple[Any, ...]  # as version_key() makes it
 
@@ -347,12 +361,21 @@ def parse_filename(name: str, project: str = "") -> Parsed | None:
 
 
 def _split_sdist(stem: str, project: str) -> tuple[str, str] | None:
-    """Split name-version at the last hyphen before a valid version, if there is one."""
+    """Split name-version at the first hyphen before a valid version, if there is one.
+
+    So beta-1.0-1 is 1.0-1 (1.0.post1) of beta, and not 1 of beta-1.0.
+    """
     cuts = [match.start() for match in re.finditer("-", stem)]
-    splits = [(stem[:cut], stem[cut + 1 :]) for cut in reversed(cuts)]
+    splits = [(stem[:cut], stem[cut + 1 :]) for cut in cuts]
     of_project = [split for split in splits if normalize(split[0]) == project]
     valid = [split for split in splits if _VERSION.fullmatch(split[1])]
-    return next(iter(of_project + valid + splits), None)
+    return next(iter(of_project + valid + splits[::-1]), None)
+
+
+def to_requires_python(text: str) -> str:
+    """Requires-Python if it is short, and valid (PEP 440); else ""."""
+    valid = len(text) <= MAX_PYTHON and all(map(_CLAUSE.fullmatch, text.split(",")))
+    return text if valid else ""
 
 
 def version_key(version: str) -> VersionKey:
@@ -402,6 +425,8 @@ MAX_HEADER = 8192  # letters of a header that are read; gunicorn takes no longer
 STATUS = {200: "OK", 301: "Moved Permanently", 302: "Found"}
 TEXT = "text/plain; charset=utf-8"
 CHUNK = 1 << 20  # bytes per read; gunicorn 27 receives as many, and copies leftovers
+SOCKET = "gunicorn.socket"  # the connection, in an environ; serve() sets it too
+LINGER = 0.5  # seconds for the rest of a refused body; its thread answers nobody else
 SIDECARS = (".metadata", ".yanked")  # of a distribution, by their suffix
 
 
@@ -449,8 +474,9 @@ class Request:
     listing: Listing = field(init=False)  # set by Index.pull: of the project
     catalog: Catalog = field(init=False)  # set by Index.pull if there is no project
     unread: int | None = None  # bytes of the body; None: it was not asked for
-    staged: list[Path] = field(default_factory=list)  # removed when the request ends
     behind_proxy: bool = False  # is X-Forwarded-... the word of our own proxy?
+    # Called when the request ends.
+    cleanup: list[Callable[[], object]] = field(default_factory=list)
 
     def header(self, name: str) -> str:
         """The value of a header, "" if there is none."""
@@ -472,6 +498,32 @@ class Request:
         value = self.header(f"X-Forwarded-{what}") if self.behind_proxy else ""
         value = value.split(",")[0].strip()
         return value if re.fullmatch(r"[\w.:/\[\]~%-]*", value, re.ASCII) else ""
+
+
+def connection_of(request: Request) -> Any:
+    """The socket of a request, if its server shows it; None if others share it."""
+    is_shared = request.environ["SERVER_PROTOCOL"].startswith("HTTP/2")
+    return None if is_shared else request.environ.get(SOCKET)
+
+
+def end_reading(connection: Any) -> None:
+    """Let all reads of a socket return; what is to be sent can still be sent."""
+    with contextlib.suppress(OSError):  # SSLSocket.shutdown would send in plain text
+        socket.socket.shutdown(connection, socket.SHUT_RD)
+
+
+def answer_early(body: Iterable[bytes], connection: Any) -> Iterator[bytes]:
+    """Send an answer while its request still comes, and read that for a moment.
+
+    If a connection is closed while bytes of it are unread, some clients see no answer.
+    """
+    yield from body
+    ends = time.monotonic() + LINGER
+    with contextlib.suppress(OSError):  # it is silent, or gone
+        connection.settimeout(LINGER / 2)
+        while time.monotonic() < ends and connection.recv(CHUNK):
+            pass
+    end_reading(connection)
 
 
 def target_of(request: Request) -> tuple[Project | None, str]:
@@ -739,7 +791,7 @@ class Users:
             logins.verified[user] = key
             return user
         self._paid_until[place] = max(self._paid_until[place], now) + GUESS_SECONDS
-        raise _unauthorized(f"The password for user {user[:200]!r} is not right.")
+        raise _unauthorized(f"The password for user {quoted(user)} is not right.")
 
     def _is_right(self, login: tuple[bytes, Check], password: bytes) -> bool:
         """Check a password. Requests with the same login share one check."""
@@ -814,18 +866,31 @@ def _unauthorized(message: str) -> HTTPError:
 
 # ---- 6. Archives ---------------------------------------------------------------------
 # Core metadata comes from the distribution itself: METADATA of a wheel, PKG-INFO of an
-# sdist. A stranger may have made the archive, so every read is bounded. What archive
-# readers raise becomes ArchiveError. An OSError of the source means that the store
-# failed, so it passes unchanged.
+# sdist. A stranger may have made the archive, so every read is bounded, and a zip that
+# two readers may read differently is refused. What archive readers raise becomes
+# ArchiveError. An OSError of the source means that the store failed, so it passes
+# unchanged.
 
 MAX_METADATA = 4 << 20  # bytes; with a long README, metadata on PyPI has up to 1 MiB
 MAX_PIECE = 8 << 20  # bytes of one read; the directory of a zip with 80,000 files
-MAX_MEMBERS = 100_000  # members of a tar file that are read to find its PKG-INFO
+MAX_MEMBERS = 100_000  # of an archive; the largest on PyPI have about 50,000
 MAX_EXPANSION = 100  # times its packed size; source text unpacks to 3 to 10 times
 MIN_EXPANDED = 64 << 20  # bytes; also a small archive may unpack to this size
+# Headers of a tar file that are read: 2,000 take 0.05 s. In a larger file each member
+# takes more than 50 bytes, packed.
+FREE_HEADERS, HEADER_BYTES = 2000, 50
+# Bytes that a tar member may have, by type. An extended header (x, L, K) has a path or
+# two. Whatever else is not a regular file (0, 7) has none: some readers skip them.
+MAX_SIZES = dict.fromkeys((b"x", b"L", b"K"), 64 << 10)
+MAX_SIZES |= dict.fromkeys((b"0", b"\0", b"7"), 1 << 40)
+_RESIZED = re.compile(rb"\d (size|GNU\.sparse\.[^=]*)=")  # in an extended header
 
 _METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
 _PKG_INFO = re.compile(r"(\./)?[^/]+/PKG-INFO")
+_LEADS_OUT = re.compile(r"/|\w:|(.*/)?\.\.(/|\Z)|.*\\", re.S)  # of its folder
+_LOCAL_HEADER = "<4s2x2H8xI4x2H"  # before each member of a zip (APPNOTE, 4.3.7)
+_HEAD_END = re.compile(rb"(?:\A|\n)\r?\n")
+_FIELD = re.compile(rb"^(name|version|requires-python):(.*)", re.I | re.M)
 
 
 class CoreMetadata(NamedTuple):
@@ -842,10 +907,17 @@ class BoundedFile(io.BufferedIOBase):
 
     def __init__(self, source: IO[bytes], end: int) -> None:
         self._source, self._end = source, end
+        self.is_at_hand = isinstance(source, io.IOBase)  # not read in ranges
+        self.fault: OSError | None = None  # of the source; zipfile hides some
 
     def read(self, size: int | None = -1) -> bytes:
         most = MAX_PIECE + 1
-        data = self._source.read(most if size is None or size < 0 else min(size, most))
+        most = most if size is None or size < 0 else min(size, most)
+        try:
+            data = self._source.read(most)
+        except OSError as fault:
+            self.fault = fault
+            raise
         if len(data) > MAX_PIECE or self._source.tell() > self._end:
             raise ArchiveError("it unpacks to too many bytes")
         return data
@@ -864,73 +936,106 @@ def read_core_metadata(source: IO[bytes], filename: str, size: int) -> CoreMetad
 
     Raises ArchiveError if the archive is broken. Errors of `source` pass unchanged.
     """
+    file = BoundedFile(source, size)
     try:
         if filename.endswith((".whl", ".zip")):
             name = _METADATA if filename.endswith(".whl") else _PKG_INFO
-            return _parse_metadata(_zip_member(source, size, name))
-        return _parse_metadata(_tar_member(source, size))
-    except (ArchiveError, MemoryError, OSError):
+            return _parse_metadata(_zip_member(file, name))
+        return _parse_metadata(_tar_member(file, size))
+    except (ArchiveError, MemoryError):
         raise
     except Exception as fault:  # zipfile, tarfile and zlib raise about ten kinds
-        raise ArchiveError(f"it cannot be read: {fault}") from fault
+        if file.fault:
+            raise file.fault from None
+        raise ArchiveError(f"it cannot be read: {str(fault)[:200]}") from fault
 
 
-def _zip_member(source: IO[bytes], size: int, name: re.Pattern[str]) -> bytes:
+def _zip_member(file: BoundedFile, name: re.Pattern[str]) -> bytes:
     import zipfile  # takes 10 ms; only uploads and new files need it
 
-    try:
-        archive = zipfile.ZipFile(BoundedFile(source, size))
-    except zipfile.BadZipFile as fault:
-        if isinstance(fault.__context__, OSError):  # zipfile hides errors of its source
-            raise fault.__context__ from None
-        raise
+    archive = zipfile.ZipFile(file)
+    if file.is_at_hand:  # else its facts are known, so it was checked before
+        _check_zip(file, archive)
     members = [m for m in archive.infolist() if name.fullmatch(m.filename)]
     if len(members) != 1:
         raise ArchiveError(f"it has {len(members)} files like {name.pattern!r}, not 1")
     # Only stored and deflated members: the other methods unpack without a bound.
     if members[0].file_size > MAX_METADATA or members[0].compress_type not in (0, 8):
-        raise ArchiveError(f"{members[0].filename} is too large, or packed unusually")
+        raise ArchiveError("its metadata is too large, or packed unusually")
     with archive.open(members[0]) as member:
         return member.read(MAX_METADATA)
 
 
-def _tar_member(source: IO[bytes], size: int) -> bytes:
+def _check_zip(file: BoundedFile, archive: ZipFile) -> None:
+    """Refuse a zip that another reader may read differently.
+
+    Its members fill it up to its directory, and only the end record comes after that.
+    """
+    members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+    starts = [member.header_offset for member in members] + [archive.start_dir]
+    count, start = min(len(members), 0xFFFF), min(starts[-1], 0xFFFFFFFF)
+    file.seek(-22, io.SEEK_END)
+    end = file.read()  # signature, disks, count twice, size and start of the directory
+    expected = struct.pack("<4s2HIH", b"PK\5\6", count, count, start, 0)
+    if starts[0] or end[:4] + end[8:12] + end[16:] != expected:
+        raise ArchiveError("it has bytes before its first record or after its last")
+    if not len({member.filename for member in members}) == len(members) <= MAX_MEMBERS:
+        raise ArchiveError(f"it has a name twice, or more than {MAX_MEMBERS} members")
+    for member, stop in zip(members, starts[1:], strict=True):
+        file.seek(member.header_offset)
+        head = struct.unpack(_LOCAL_HEADER, file.read(30))
+        flags, packed, name_size, extra_size = head[1], *head[3:]
+        name = file.read(name_size).decode("utf-8" if flags & 0x800 else "cp437")
+        listed = b"PK\3\4", member.flag_bits, member.compress_type, member.orig_filename
+        rest = stop - file.tell() - extra_size - member.compress_size
+        # With flag 8, the sizes stand behind the data, in one of four forms.
+        known = packed in (member.compress_size, 0xFFFFFFFF) and not rest
+        fits = rest in (12, 16, 20, 24) if flags & 8 else known
+        unsafe = flags & 0x2041 or _LEADS_OUT.match(name)  # the flags: encrypted
+        if (*head[:3], name) != listed or not fits or unsafe:
+            raise ArchiveError(f"{quoted(name)} in it may be read in two ways")
+
+
+def _tar_member(packed: BoundedFile, size: int) -> bytes:
+    """Read PKG-INFO of an sdist, header by header.
+
+    tarfile itself takes quadratic time for some extended headers.
+    """
     import gzip
     import tarfile
 
-    end = max(MIN_EXPANDED, MAX_EXPANSION * size)
-    unpacked = BoundedFile(gzip.GzipFile(fileobj=source), end)  # type: ignore[arg-type]
-    try:
-        with tarfile.open(fileobj=unpacked, mode="r:") as archive:
-            last = -1
-            for _ in range(MAX_MEMBERS):
-                member = archive.next()
-                if not member or member.offset <= last:  # CVE-2025-8194: a loop
-                    break
-                last = member.offset
-                if _PKG_INFO.fullmatch(member.name) and member.isreg():
-                    content = archive.extractfile(member)
-                    if content and member.size <= MAX_METADATA:
-                        return content.read()
-                archive.members.clear()  # type: ignore[attr-defined]  # saves memory
-    except gzip.BadGzipFile as fault:  # an OSError, but not one of the source
-        raise ArchiveError(f"it cannot be read: {fault}") from fault
+    unpacked: Any = gzip.GzipFile(fileobj=packed)
+    file = BoundedFile(unpacked, max(MIN_EXPANDED, MAX_EXPANSION * size))
+    renamed = False  # Does an extended header give another name to the next member?
+    for _ in range(min(MAX_MEMBERS, FREE_HEADERS + size // HEADER_BYTES)):
+        header = file.read(512)
+        if not any(header):  # the end
+            break
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
+        start, kind = file.tell(), member.type
+        text = file.read(member.size) if kind in (b"x", b"L") else b""
+        if not 0 <= member.size <= MAX_SIZES.get(kind, 0) or _RESIZED.search(text):
+            raise ArchiveError(f"it has an unusual member, of type {kind!r}")
+        is_wanted = _PKG_INFO.fullmatch(member.name) and member.size <= MAX_METADATA
+        if is_wanted and not renamed and kind not in b"xLK":
+            return file.read(member.size)
+        renamed = kind == b"L" or b" path=" in text or (renamed and kind in b"xK")
+        file.seek(start + (member.size + 511 & -512))
     raise ArchiveError("it has no PKG-INFO that can be read")
 
 
 def _parse_metadata(text: bytes) -> CoreMetadata:
-    """Read the header fields of core metadata (RFC 822 style, UTF-8)."""
-    fields: dict[str, str] = {}
-    for line in text.decode("utf-8", "replace").splitlines():
-        if not line.strip():
-            break
-        key, colon, value = line.partition(":")
-        if colon and not line[0].isspace():
-            fields.setdefault(key.lower(), value.strip())
-    name, version = fields.get("name"), fields.get("version")
+    """Read the header fields of core metadata (RFC 822 style, UTF-8).
+
+    Only a line feed ends a line: other control characters may stand in a Summary.
+    """
+    fields: dict[bytes, str] = {}
+    for match in _FIELD.finditer(_HEAD_END.split(text, 1)[0]):
+        fields.setdefault(match[1].lower(), match[2].decode("utf-8", "replace").strip())
+    name, version = fields.get(b"name"), fields.get(b"version")
     if not name or not version:
         raise ArchiveError("its metadata has no Name or no Version")
-    return CoreMetadata(name, version, fields.get("requires-python", ""), text)
+    return CoreMetadata(name, version, fields.get(b"requires-python", ""), text)
 
 
 # ---- 7. Listings ---------------------------------------------------------------------
@@ -958,7 +1063,7 @@ class Facts(NamedTuple):
 def facts_from(filename: str, sha256: str, metadata: CoreMetadata) -> Facts:
     is_wheel = filename.endswith(".whl")  # PEP 658 is for wheels
     digest = hashlib.sha256(metadata.text).hexdigest() if is_wheel else ""
-    return Facts(sha256, metadata.requires_python, digest)
+    return Facts(sha256, to_requires_python(metadata.requires_python), digest)
 
 
 def sha256_of(file: BinaryIO) -> str:
@@ -1489,7 +1594,7 @@ class Directory:
                     project = to_project(entry.name)
                     if project and not _is_left_empty(entry.path):
                         folders[project] = (*folders.get(project, ()), entry.name)
-                elif parsed := parse_filename(distribution_of(entry.name)):
+                elif parsed := _parse_loose(distribution_of(entry.path)):
                     loose.setdefault(parsed.project, {})[entry.name] = None
         return make_catalog(folders, loose)
 
@@ -1680,6 +1785,19 @@ def _is_left_empty(folder: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _parse_loose(path: str) -> Parsed | None:
+    """Split the name of a loose file. If there are two ways, its PKG-INFO decides."""
+    state = file_state(path) if _TWO_WAYS.fullmatch(_base(path)) else None
+    return parse_filename(_base(path), _name_inside(path, state) if state else "")
+
+
+@lru_cache(maxsize=10_000)  # a scan of the root asks for the same files again
+def _name_inside(path: str, state: State) -> str:
+    with contextlib.suppress(OSError, ArchiveError), open(path, "rb") as file:
+        return normalize(read_core_metadata(file, path, state[0]).name)
+    return ""
 
 
 def _states_of(paths: Iterable[str]) -> dict[str, State]:
@@ -1982,7 +2100,7 @@ class FileCache:
         file = self._begin(dist.size)
         try:
             for chunk in chunks:
-                if file and not _write(file, chunk):
+                if file and not _copy(file, chunk):
                     _discard(file)
                     file = None
                 yield chunk
@@ -2034,7 +2152,7 @@ class FileCache:
         return is_enough(total)
 
 
-def _write(file: BinaryIO, data: bytes) -> bool:
+def _copy(file: BinaryIO, data: bytes) -> bool:
     with contextlib.suppress(OSError):  # the disk is full, say
         file.write(data)
         file.flush()
@@ -2064,7 +2182,7 @@ def _facts_of(metadata: Mapping[str, str]) -> Facts:
     is_digest = re.compile(r"[0-9a-f]{64}").fullmatch
     sha256, python, core = (metadata.get(key, "") for key in METADATA_KEYS)
     sha256, core = (text if is_digest(text) else "" for text in (sha256, core))
-    return Facts(sha256, python, core)
+    return Facts(sha256, to_requires_python(python), core)
 
 
 # ---- 11. Pages -----------------------------------------------------------------------
@@ -2272,7 +2390,7 @@ def _fall_back(settings: Settings, request: Request) -> Response:
     project = request.project
     private = any(fnmatch.fnmatchcase(project, p) for p in settings.private_names)
     if private or not settings.fallback_url:
-        raise HTTPError(404, f"There is no project {project!r} here.")
+        raise HTTPError(404, f"There is no project {quoted(project)} here.")
     return redirect(with_query(f"{settings.fallback_url}/{project}/", request))
 
 
@@ -2298,7 +2416,7 @@ def download(app: App, request: Request) -> Response:
         dist = app.index.look_again(project).by_name.get(filename)
     for _ in range(2):  # once more if the file was replaced since it was listed
         if not (project and dist and answer and dist.has_digest(digest)):
-            raise HTTPError(404, f"There is no file {request.path!r} here.")
+            raise HTTPError(404, f"There is no file {quoted(request.path)} here.")
         try:
             return answer(app, request, dist)
         except FileNotFoundError:
@@ -2369,7 +2487,7 @@ def _find_range(request: Request, size: int, tags: tuple[str, str]) -> Range | N
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= size:
-        why = f"The file has {size} bytes; the range {text!r} lies beyond them."
+        why = f"The file has {size} bytes; the range {quoted(text)} lies beyond them."
         raise HTTPError(416, why, Content_Range=f"bytes */{size}")
     return start, stop
 
@@ -2387,20 +2505,25 @@ def _file_body(
 
 # ---- 13. Uploads ---------------------------------------------------------------------
 # The legacy upload form is multipart/form-data (RFC 7578). Its bytes go into the parser
-# as they arrive, and events come out. Form hashes the content and writes it to a
-# staging file. All other fields are small, and bounded. A staged file gets its name
-# when all checks have passed.
+# as they arrive, and events come out. The content is hashed and written to a staging
+# file, if its name is good. All other fields are small, and bounded. A staged file gets
+# its name when all checks have passed.
 
 MAX_PART_HEADERS = 8 << 10  # bytes; clients send about 150
-MAX_FIELD = 4 << 20  # bytes; a description may be as long as all core metadata
+MAX_VALUE = 1000  # bytes of a field that is used; a name has 215, a digest 128
 MAX_FIELDS = 2000  # each classifier, requirement and URL is a field of its own
 MAX_FORM = 8 << 20  # bytes of all fields together, without the file
-MAX_DRAIN = 32 << 20  # bytes; some clients read the answer only after they sent all
+URLENCODED = "application/x-www-form-urlencoded"
+MAX_URLENCODED = 64 << 10  # bytes; such a form has no file, and no description
+# A body that comes more slowly would hold its thread for long. Any modem is faster.
+LEAST_RATE = 1000  # bytes a second on average
+GRACE = 10  # seconds before that counts, in which a connection may stall
 DIGESTS: dict[str, Callable[[], Any]] = {
     "sha256_digest": hashlib.sha256,
     "md5_digest": partial(hashlib.md5, usedforsecurity=False),
     "blake2_256_digest": partial(hashlib.blake2b, digest_size=32),
 }
+UPLOAD = "file_upload"
 KEPT_FIELDS = {":action", "name", "version", "filetype", *DIGESTS}
 
 
@@ -2452,10 +2575,11 @@ class MultipartParser:
             raise HTTPError(400, "The form ends before its closing boundary.")
 
     def _preamble(self) -> None:
-        at = self._rest.find(self._mark)
+        most = MAX_PART_HEADERS + len(self._mark)
+        at = self._rest.find(self._mark, 0, most)
         if at >= 0:
             self._at, self._step = at + len(self._mark), self._after_mark
-        elif len(self._rest) > MAX_PART_HEADERS:
+        elif len(self._rest) >= most:
             raise HTTPError(400, "The form does not begin with its boundary.")
 
     def _after_mark(self) -> None:
@@ -2474,7 +2598,8 @@ class MultipartParser:
     def _headers(self) -> Event | None:
         head = self._rest[self._at : self._at + MAX_PART_HEADERS + 4]
         head, end, _ = head.partition(b"\r\n\r\n")
-        if len(head) > MAX_PART_HEADERS or self._parts >= MAX_FIELDS:
+        half = 0 if end else 3  # bytes of the end, which may be there already
+        if len(head) > MAX_PART_HEADERS + half or self._parts >= MAX_FIELDS:
             most = f"{MAX_FIELDS} parts, with {MAX_PART_HEADERS} bytes of headers each"
             raise HTTPError(413, f"The form is too large: it may have {most}.")
         if not end:
@@ -2495,115 +2620,55 @@ class MultipartParser:
         return PartData(data)
 
 
-_DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*(;.*)", re.I)
-_PARAMETER = re.compile(rb';[ \t]*(name|filename)=(?:"([^"\r\n]*)"|([^;"\s]+))')
-_ENCODED = re.compile(
-    rb"content-transfer-encoding:[ \t]*(?!(binary|7bit|8bit)[ \t]*$)", re.I
+_PARAMETER = re.compile(r'[ \t]*;[ \t]*([^\s;="]+)=(?:"([^"\r\n]*)"|([^\s;"]*))', re.A)
+_HEADER = re.compile(rf'[ \t]*([^\s;"]+)(?:{_PARAMETER.pattern})*[ \t;]*', re.A)
+
+_PART_HEADER = re.compile(
+    r"(?:\A|\r\n)content-(disposition|transfer-encoding)[ \t]*:([^\r\n]*)", re.I
 )
+
+
+def parse_header(text: str) -> tuple[str, dict[str, str]]:
+    """Split a header into its value and its parameters (RFC 9110, 5.6.6)."""
+    match = _HEADER.fullmatch(text)
+    pairs = [(key.lower(), v or token) for key, v, token in _PARAMETER.findall(text)]
+    if not match or len(dict(pairs)) < len(pairs):
+        raise HTTPError(400, f"The header {quoted(text)} is not well formed.")
+    return match[1].lower(), dict(pairs)
 
 
 def _part(head: bytes) -> PartBegins:
     """Read the headers of a part (RFC 7578, 4.2)."""
-    lines = head.split(b"\r\n")
-    matches = [match for line in lines if (match := _DISPOSITION.fullmatch(line))]
-    if len(matches) != 1 or any(map(_ENCODED.match, lines)):
+    headers = _PART_HEADER.findall(head.decode("utf-8", "replace"))
+    about = [value for kind, value in headers if kind.lower() == "disposition"]
+    coded = {v.strip().lower() for kind, v in headers if kind.lower() != "disposition"}
+    kind, values = parse_header(about[0]) if len(about) == 1 else ("", {})
+    plain = kind == "form-data" and coded <= {"binary", "7bit", "8bit"}
+    if not plain or "name" not in values:
         raise HTTPError(400, "A part of the form is not plain form-data with a name.")
-    values = {
-        key: (quoted or token).decode("utf-8", "replace")
-        for key, quoted, token in _PARAMETER.findall(matches[0][1])
-    }
-    if b"name" not in values:
-        raise HTTPError(400, "A part of the form has no name.")
-    return PartBegins(values[b"name"], values.get(b"filename"))
+    return PartBegins(values["name"], values.get("filename"))
 
 
+@dataclass(slots=True)
 class Form:
-    """The fields of an upload, and its file, which is staged as it arrives."""
+    """The fields of an upload that are used, and its file, which is staged."""
 
-    def __init__(self, stage: Callable[[], BinaryIO]) -> None:
-        self.fields: dict[str, str] = {}
-        self.filename = ""
-        self.staged: Path | None = None
-        self.size = 0
-        self.digests: dict[str, Any] = {}  # hashes of the file, by name of their field
-        self._stage = stage
-        self._file: BinaryIO | None = None
-        self._field = ""
-        self._value = bytearray()
-        self._total = 0
-        self._hashing: threading.Thread | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+    total: int = 0  # bytes of all fields
+    filename: str = ""
+    staged: Path | None = None
+    size: int = 0  # of the file
+    digests: dict[str, Any] = field(default_factory=dict)  # by the name of their field
 
-    def take(self, event: Event) -> None:
-        if isinstance(event, PartBegins):
-            self._begin(event)
-        elif isinstance(event, PartEnds):
-            self._end()
-        elif self._file:
-            self._write(self._file, event.data)
-        else:
-            self._collect(event.data)
 
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
-        self._wait_for_hash()
-
-    def _begin(self, part: PartBegins) -> None:
-        self._field, self._value = part.name, bytearray()
-        if part.name != "content":
-            return
-        if self.staged:
-            raise HTTPError(400, "The form has two files in 'content'; send only one.")
-        self.filename = part.filename or ""
-        self._file = self._stage()
-        self.staged = Path(self._file.name)
-        # Most clients send digests first. Others are computed from the staged file.
-        names = {"sha256_digest"} | self.fields.keys() & DIGESTS.keys()
-        self.digests = {name: DIGESTS[name]() for name in names}
-
-    def _write(self, file: BinaryIO, data: bytes) -> None:
-        """Write a chunk. A thread hashes a large one while the next one arrives.
-
-        Hashing takes most of the time of an upload, and it can use another processor.
-        """
-        self._wait_for_hash()
-        if len(data) > SMALL:
-            self._hashing = threading.Thread(target=self._hash, args=(data,))
-            self._hashing.start()
-        else:
-            self._hash(data)
-        file.write(data)
-        self.size += len(data)
-
-    def _hash(self, data: bytes) -> None:
-        for digest in self.digests.values():
-            digest.update(data)
-
-    def _wait_for_hash(self) -> None:
-        if self._hashing:
-            self._hashing.join()
-
-    def _collect(self, data: bytes) -> None:
-        self._total += len(data)
-        if self._total > MAX_FORM or len(self._value) + len(data) > MAX_FIELD:
-            raise HTTPError(413, f"The field {self._field!r} makes the form too long.")
-        if self._field in KEPT_FIELDS:
-            self._value += data
-
-    def _end(self) -> None:
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())  # an acknowledged upload survives a power cut
-            self.close()
-        elif self._field in KEPT_FIELDS:
-            if self._field in self.fields:
-                raise HTTPError(400, f"The form has two fields {self._field!r}.")
-            try:
-                self.fields[self._field] = self._value.decode()
-            except UnicodeDecodeError:
-                why = f"The field {self._field!r} is not UTF-8."
-                raise HTTPError(400, why) from None
+def parse_upload(name: str, project: str = "") -> Parsed:
+    """Split a file name; raise 400 if it is not that of a wheel or sdist."""
+    parsed = parse_filename(name, project)
+    if not parsed or not name.endswith(UPLOADABLE):
+        kinds = f"not that of a wheel or sdist ({', '.join(UPLOADABLE)})"
+        why = f"Bad filename: {quoted(name)} is {kinds}: PEP 427, PEP 625."
+        raise HTTPError(400, why)
+    return parsed
 
 
 def read_form(app: App, request: Request) -> Form:
@@ -2612,18 +2677,99 @@ def read_form(app: App, request: Request) -> Form:
     if limit and length > limit:
         why = f"The upload has {length} bytes; MAX_UPLOAD_MB allows {limit} bytes."
         raise HTTPError(413, why)
-    parser = MultipartParser(_boundary(request.environ.get("CONTENT_TYPE", "")))
-    form = Form(partial(app.index.store.stage, length))
-    try:
-        for chunk in read_body(request, length):
-            for event in parser.feed(chunk):
-                form.take(event)
-        parser.close()
-    finally:
-        if form.staged:
-            request.staged.append(form.staged)
-        form.close()
+    take_slot(request, app.uploads)
+    form = Form()
+    for part, chunks in _parts(_events(request, length)):
+        if part.name == "content" and form.fields.get(":action", UPLOAD) == UPLOAD:
+            if form.staged:
+                raise HTTPError(400, "The form has two files; send only one.")
+            form.filename = parse_upload(part.filename or "").filename
+            with app.index.store.stage(length) as file:
+                form.staged = Path(file.name)
+                request.cleanup.append(partial(form.staged.unlink, missing_ok=True))
+                _write(form, file, chunks)
+        else:
+            _collect(form, part.name, chunks)
     return form
+
+
+def take_slot(request: Request, slots: threading.Semaphore) -> None:
+    """Let a body be read, in one of a few slots; raise 503 if none is free."""
+    if not slots.acquire(blocking=False):
+        why = "Too many requests send data at this moment. Try again."
+        raise HTTPError(503, why, Retry_After="5")
+    request.cleanup.append(slots.release)
+
+
+def _parts(events: Iterator[Event]) -> Iterator[tuple[PartBegins, Iterator[bytes]]]:
+    """Each part and its data, which is read before the next part."""
+    for event in events:
+        if isinstance(event, PartBegins):
+            data: Any = iter(partial(next, events), PartEnds())
+            yield event, (piece.data for piece in data)
+
+
+def _write(form: Form, file: BinaryIO, chunks: Iterator[bytes]) -> None:
+    """Write a file. A thread hashes a large chunk while the next one arrives.
+
+    Hashing takes most of the time of an upload, and it can use another processor.
+    """
+    # Most clients send digests first. Others are computed from the staged file.
+    names = {"sha256_digest"} | form.fields.keys() & DIGESTS.keys()
+    form.digests = {name: DIGESTS[name]() for name in names}
+    hashing: threading.Thread | None = None
+    for chunk in chunks:
+        if hashing:
+            hashing.join()
+        if len(chunk) > SMALL:
+            hashing = threading.Thread(target=_hash, args=(form, chunk))
+            hashing.start()
+        else:
+            _hash(form, chunk)
+        file.write(chunk)
+        form.size += len(chunk)
+    if hashing:
+        hashing.join()
+    file.flush()
+    os.fsync(file.fileno())  # an acknowledged upload survives a power cut
+
+
+def _hash(form: Form, chunk: bytes) -> None:
+    for digest in form.digests.values():
+        digest.update(chunk)
+
+
+def _collect(form: Form, name: str, chunks: Iterator[bytes]) -> None:
+    """Keep a field if it is used; bound it in any case."""
+    value = b""
+    for chunk in chunks:
+        form.total += len(chunk)
+        value += chunk if name in KEPT_FIELDS else b""
+        if form.total > MAX_FORM or len(value) > MAX_VALUE:
+            raise HTTPError(413, f"The field {quoted(name)} is too long.")
+    if name in form.fields:
+        raise HTTPError(400, f"The form has two fields {quoted(name)}.")
+    if name in KEPT_FIELDS:
+        form.fields[name] = value.decode("utf-8", "replace")
+
+
+def _events(request: Request, length: int) -> Iterator[Event]:
+    """The fields of a form, as they arrive."""
+    sent = request.environ.get("CONTENT_TYPE", "")
+    kind, parameters = parse_header(sent or "nothing")
+    boundary = parameters.get("boundary", "").encode("latin-1", "replace")
+    if kind == "multipart/form-data" and 1 <= len(boundary) <= 70:  # RFC 2046, 5.1.1
+        parser = MultipartParser(boundary)
+        for chunk in read_body(request, length):
+            yield from parser.feed(chunk)
+        parser.close()
+    elif kind == URLENCODED and length <= MAX_URLENCODED:  # from curl -d, say
+        text = b"".join(read_body(request, length)).decode("utf-8", "replace")
+        for name, value in parse_qsl(text, keep_blank_values=True):
+            yield from (PartBegins(name, None), PartData(value.encode()), PartEnds())
+    else:
+        need = f"send multipart/form-data, or {URLENCODED} of {MAX_URLENCODED} bytes"
+        raise HTTPError(400, f"Content-Type is {quoted(sent)}; {need} at most.")
 
 
 def content_length(request: Request) -> int:
@@ -2631,46 +2777,36 @@ def content_length(request: Request) -> int:
     if not text:
         raise HTTPError(411, "Send the request with a Content-Length.")
     if not re.fullmatch(r"\d{1,15}", text, re.ASCII):
-        raise HTTPError(400, f"Content-Length is {text!r}, which is not a length.")
+        raise HTTPError(400, f"Content-Length {quoted(text)} is not a length.")
     return int(text)
-
-
-_MULTIPART = re.compile(  # a boundary has up to 70 letters (RFC 2046, 5.1.1)
-    r'multipart/form-data *;(?:.*;)? *boundary=("?)([^\s";]{1,70})\1 *(?:;.*)?',
-    re.I | re.ASCII,
-)
-
-
-def _boundary(content_type: str) -> bytes:
-    match = _MULTIPART.fullmatch(content_type)
-    if not match:
-        need = "send multipart/form-data with a boundary"
-        raise HTTPError(400, f"Content-Type is {content_type!r}; {need}.")
-    return match[2].encode()
 
 
 def read_body(request: Request, length: int) -> Iterator[bytes]:
     """Read a request's body of exactly `length` bytes, in chunks."""
-    request.unread = length
+    request.unread, began, received = length, time.monotonic(), 0
+    connection = connection_of(request)
     while request.unread:
+        # gunicorn's read returns when it has all bytes asked for. Never ask for more
+        # than came before, so that the bytes of a slow client are counted in time.
+        size = min(max(received, GRACE * LEAST_RATE), request.unread, CHUNK)
+        ends = began + GRACE + received / LEAST_RATE
+        timer = threading.Timer(ends - time.monotonic(), end_reading, [connection])
+        if connection:
+            timer.start()
         try:
-            chunk = request.environ["wsgi.input"].read(min(request.unread, CHUNK))
+            chunk = request.environ["wsgi.input"].read(size)
         except OSError as fault:  # the client is gone; gunicorn has its own kinds
             raise HTTPError(400, f"The body cannot be read: {fault}.") from fault
-        if not chunk:
-            short = f"The body ends {request.unread} bytes before its Content-Length."
-            raise HTTPError(400, short)
+        finally:
+            timer.cancel()
+        late = time.monotonic() > ends
+        if late or not chunk:
+            why = f"The body ends {request.unread} bytes before its Content-Length"
+            slow = f"The body comes with less than {LEAST_RATE} bytes a second"
+            raise HTTPError(408 if late else 400, f"{slow if late else why}.")
+        received += len(chunk)
         request.unread -= len(chunk)
         yield chunk
-
-
-def drain(request: Request) -> None:
-    """Read the rest of a refused body: a client that still sends sees no answer."""
-    with contextlib.suppress(HTTPError):  # there is no body, or the client is gone
-        left = content_length(request) if request.unread is None else request.unread
-        if left <= MAX_DRAIN:
-            for _ in read_body(request, left):
-                pass
 
 
 def upload(app: App, request: Request) -> Response:
@@ -2679,18 +2815,18 @@ def upload(app: App, request: Request) -> Response:
     action = form.fields.get(":action")
     if not action:
         raise HTTPError(400, "Missing ':action' field!")
-    if action == "file_upload":
+    if action == UPLOAD:
         return _propose_file(app, request, form)
     if action == "remove_pkg":
         return _propose_removal(app, form)
     if action in ("verify", "submit", "doc_upload"):
         return text_response(200, f"OK: nothing is done for {action!r}.")
-    raise HTTPError(400, f"Unsupported ':action' field: {action!r}.")
+    raise HTTPError(400, f"Unsupported ':action' field: {quoted(action)}.")
 
 
 def _propose_file(app: App, request: Request, form: Form) -> Response:
     """Check an upload; what is stored, and said, is up to `push`."""
-    if not form.staged or not form.filename:
+    if not form.staged:
         raise HTTPError(400, "Missing 'content' file-field!")
     parsed = _check_filename(form)
     _check_digests(form, form.staged)
@@ -2708,13 +2844,10 @@ def _propose_file(app: App, request: Request, form: Form) -> Response:
 def _check_filename(form: Form) -> Parsed:
     """The name is that of a wheel or sdist, and agrees with the rest of the form."""
     name, fields = form.filename, form.fields
-    parsed = parse_filename(name, normalize(fields.get("name", "")))
-    if not parsed or not name.endswith(UPLOADABLE):
-        kinds = f"not that of a wheel or sdist ({', '.join(UPLOADABLE)})"
-        raise HTTPError(400, f"Bad filename: {name!r} is {kinds}: PEP 427, PEP 625.")
+    parsed = parse_upload(name, normalize(fields.get("name", "")))
     kind = fields.get("filetype")
     if kind and kind != ("bdist_wheel" if name.endswith(".whl") else "sdist"):
-        raise HTTPError(400, f"The filetype {kind!r} does not fit {name!r}.")
+        raise HTTPError(400, f"The filetype {quoted(kind)} does not fit {name!r}.")
     if not version_key(parsed.version)[0]:
         why = f"{name!r} has the version {parsed.version!r}: see PEP 440."
         raise HTTPError(400, why)
@@ -2725,13 +2858,11 @@ def _check_filename(form: Form) -> Parsed:
 def _check_agreement(
     parsed: Parsed, where: str, name: str | None, version: str | None
 ) -> None:
-    filename = parsed.filename
-    if name is not None and normalize(name) != parsed.project:
-        why = f"The {where} names {name!r}, but the file is {filename!r}."
-        raise HTTPError(400, why)
-    if version is not None and version_key(version) != version_key(parsed.version):
-        why = f"The {where} has version {version!r}, but the file is {filename!r}."
-        raise HTTPError(400, why)
+    pairs = (name, parsed.project, normalize), (version, parsed.version, version_key)
+    for sent, own, key in pairs:
+        if sent is not None and key(sent) != key(own):
+            why = f"The {where} says {quoted(sent)}, but the file is {parsed.filename}."
+            raise HTTPError(400, why)
 
 
 def _check_digests(form: Form, staged: Path) -> None:
@@ -2744,7 +2875,7 @@ def _check_digests(form: Form, staged: Path) -> None:
                 form.digests[name] = hashlib.file_digest(file, DIGESTS[name])
         sent, came = form.fields[name].strip().lower(), form.digests[name].hexdigest()
         if sent != came:
-            why = f"The {name} of {form.filename} is {came}, but the form says {sent!r}"
+            why = f"The {name} of {form.filename} is {came}, not {quoted(sent)}"
             raise HTTPError(400, f"{why}: the file changed on its way. Send it again.")
 
 
@@ -2757,7 +2888,11 @@ def _check_archive(form: Form, staged: Path, parsed: Parsed) -> Facts:
         raise HTTPError(400, f"{parsed.filename} is broken: {fault}.") from fault
     _check_agreement(parsed, "archive's metadata", metadata.name, metadata.version)
     sha256 = form.digests["sha256_digest"].hexdigest()
-    return facts_from(parsed.filename, sha256, metadata)
+    facts = facts_from(parsed.filename, sha256, metadata)
+    if facts.requires_python != metadata.requires_python:
+        why = f"Requires-Python is {quoted(metadata.requires_python)}: see PEP 440."
+        raise HTTPError(400, why)
+    return facts
 
 
 def _propose_removal(app: App, form: Form) -> Response:
@@ -2765,12 +2900,12 @@ def _propose_removal(app: App, form: Form) -> Response:
     name, version = form.fields.get("name", ""), form.fields.get("version", "")
     project = to_project(name)
     if not project or not version:
-        sent = f"name={name!r}, version={version!r}"
+        sent = f"name={quoted(name)}, version={quoted(version)}"
         raise HTTPError(400, f"Missing 'name'/'version' fields: {sent}")
     key, listing = version_key(version), app.index.look_again(project)
     removals = tuple(Removal(dist) for dist in listing.dists if dist.key == key)
     if not removals:
-        raise HTTPError(404, f"{name} ({version}) not found")
+        raise HTTPError(404, f"{project} ({version[:MAX_VERSION]}) not found")
     return replace(text_response(200, "OK"), changes=removals)
 
 
@@ -2789,7 +2924,7 @@ def project_json(app: App, request: Request) -> Response:
     names, version = listing.versions(), request.args.get("version")
     shown = names.get(version_key(version or _latest(listing)))
     if shown is None:
-        raise HTTPError(404, f"There is nothing at {request.path!r}.")
+        raise HTTPError(404, f"There is nothing at {quoted(request.path)}.")
     releases: dict[str, list[Any]] = {name: [] for name in names.values()}
     for dist in listing.dists:
         releases[names[dist.key]].append(_release_json(dist, base))
@@ -2890,13 +3025,14 @@ def search(app: App, request: Request) -> Response:
     length = content_length(request)
     if length > MAX_PART_HEADERS:
         raise HTTPError(413, f"A search of {length} bytes is too long.")
+    take_slot(request, app.searches)
     body = b"".join(read_body(request, length))
     try:
         if b"<!" in body or b"\0" in body:  # a DTD, perhaps in UTF-16, can explode
             raise ValueError("a DTD is not accepted")
         parameters, method = xmlrpc.client.loads(body)
         if method != "search":
-            raise ValueError(f"there is no method {method!r}, only search")
+            raise ValueError(f"there is no method {quoted(method or '')}, only search")
         query: Any = parameters[0]
         names = dict(query).get("name", [])
         names = [names] if isinstance(names, str) else names
@@ -2976,7 +3112,7 @@ class Router:
                     return _describe_match(route, path, match.groupdict())
         methods = {r.method for p, r in self._routes if any(map(p.fullmatch, fits))}
         if not methods:
-            raise HTTPError(404, f"There is nothing at {path[:200]!r}.")
+            raise HTTPError(404, f"There is nothing at {quoted(path)}.")
         allow = ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
         raise HTTPError(405, f"{method[:99]} is not allowed; {allow} is.", Allow=allow)
 
@@ -2988,8 +3124,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 def _describe_match(route: Route, path: str, args: dict[str, str]) -> Match:
     project = to_project(args["project"]) if "project" in args else Project("")
     if project is None or path in NO_PROJECTS:
-        name = args["project"][:200]
-        raise HTTPError(404, f"{name!r} is not a project's name (PEP 508).")
+        raise HTTPError(404, f"{quoted(args['project'])} is not a project's name.")
     canonical = route.path.format(**args | {"project": project})
     if route.method != "GET" or route.action == "download" or canonical == path:
         return route, project, args, ""
@@ -3015,6 +3150,9 @@ class App:
         self.before: list[Before] = [index.pull]
         self.after: list[After] = [index.push]
         self.verbose = False  # a log line for every request
+        # App Engine counts staged files as memory, and allows 32 MB for each.
+        self.uploads = threading.Semaphore(4 if settings.hosted else 8)
+        self.searches = threading.Semaphore(8)
         own = Route("GET", settings.health_endpoint, None, health)
         self._router = Router((own, *ROUTES))
 
@@ -3044,11 +3182,9 @@ class App:
             why = "The server failed; its log says why."
             response = self._refuse(request, HTTPError(500, why))
         finally:
-            for path in request.staged:
-                with contextlib.suppress(
-                    OSError
-                ):  # it is stored, or may not be removed
-                    path.unlink()
+            for clean_up in request.cleanup:
+                with contextlib.suppress(OSError):  # a disk may be read-only by now
+                    clean_up()
         if self.verbose:
             self._log(logging.INFO, request, response.status)
         return response
@@ -3088,11 +3224,14 @@ class App:
         return one_line(value[-100:]).rpartition(",")[2].strip()
 
     def _refuse(self, request: Request, why: HTTPError) -> Response:
-        if request.method not in ("GET", "HEAD"):
-            drain(request)
         if why.status in (401, 403) or request.method == "POST":
             self._log(logging.WARNING, request, f"refused with {why.status}: {why}")
-        return text_response(why.status, why.message, *why.headers)
+        answer = text_response(why.status, why.message, *why.headers)
+        environ = request.environ
+        sends = environ.get("CONTENT_LENGTH") or environ.get("HTTP_TRANSFER_ENCODING")
+        if sends and request.unread != 0 and (connection := connection_of(request)):
+            return replace(answer, body=answer_early(answer.body, connection))
+        return answer
 
     def _log(self, level: int, request: Request, what: str, **more: Any) -> None:
         who = request.user or self._address(request)
@@ -3100,8 +3239,8 @@ class App:
         if trace and self.settings.cloud_project:
             trace = f"projects/{self.settings.cloud_project}/traces/{trace}"
         extra = {"cloud": {"logging.googleapis.com/trace": trace}}
-        line = (request.method, request.path, who, one_line(what))
-        log.log(level, "%.99s %.999r by %s: %.2000s", *line, extra=extra, **more)
+        line = (request.method[:20], quoted(request.path), who, one_line(what)[:2000])
+        log.log(level, "%s %s by %s: %s", *line, extra=extra, **more)
 
 
 def _in_words(change: Addition | Removal) -> str:
@@ -3260,6 +3399,9 @@ def serve(app: App, host: str, port: str) -> int:
 
     class QuietHandler(simple_server.WSGIRequestHandler):
         timeout = 60  # seconds; a client that is silent for longer is gone
+
+        def get_environ(self) -> Any:
+            return super().get_environ() | {SOCKET: self.connection}
 
         def log_message(self, *_: object) -> None:
             """Log nothing here: the app has its own log."""
