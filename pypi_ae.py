@@ -2063,8 +2063,9 @@ class FileCache:
     """
 
     def __init__(self, own: Path, bound: int) -> None:
-        self._folder, self._staging = own / "cache", own / "staging"
-        self._bound = bound  # bytes of all copies and of all files in staging
+        self._folder, self._parts = own / "cache", own / "parts"
+        self._bound = bound  # bytes of all copies, whole or being written
+        self._room = 0  # bytes that may be added before the folders are scanned again
         self._checked: BoundedCache[int] = BoundedCache(FILES_KEPT)  # inode, by name
         self._lock = threading.Lock()
         make_folder(self._folder)
@@ -2097,73 +2098,93 @@ class FileCache:
 
     def fill(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass chunks on, and write them to a copy if there is room for it."""
-        file = self._begin(dist.size)
+        part = self._begin(dist.size)
         try:
             for chunk in chunks:
-                if file and not _copy(file, chunk):
-                    _discard(file)
-                    file = None
+                if part and not _write_part(part, chunk):
+                    _discard(part)
+                    part = None
                 yield chunk
-            if file:
-                self.put(Path(file.name), _cache_name(dist))
+            if part:
+                with contextlib.suppress(OSError):
+                    os.replace(part.name, self._folder / _cache_name(dist))
         finally:
-            if file:
-                _discard(file)
+            if part:
+                _discard(part)
 
     def _begin(self, size: int) -> BinaryIO | None:
-        """Open a new copy. It takes its size at once, so that others know of it."""
+        """Open a new copy. It takes its size at once, so that other workers see it."""
         with contextlib.suppress(OSError), self._lock:
-            if self._has_room(size):
-                file = open_staged(self._staging)
-                file.truncate(size)
-                return file
+            if self._take_room(size):
+                part = open_staged(self._parts)
+                part.truncate(size)
+                return part
         return None
 
     def put(self, source: Path, name: str) -> None:
         """Move a staged file into the cache, if there is room for it."""
         with contextlib.suppress(OSError), self._lock:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if self._has_room(0):
+            if self._take_room(source.stat().st_size):
                 os.replace(source, self._folder / name)
 
-    def _has_room(self, size: int) -> bool:
-        """Is there room beside the staged files? Copies go if they have to."""
-        left = self._bound - size
-        if self._staging.exists():
-            left -= sum(entry.stat().st_size for entry in os.scandir(self._staging))
-        return left >= 0 and self._drop_until(lambda total: total <= left)
-
     def give_way(self, size: int) -> None:
-        """Drop copies until the disk has room for an upload of so many bytes."""
+        """Remove copies until the disk has room for an upload of so many bytes."""
         from shutil import disk_usage
 
         with contextlib.suppress(OSError), self._lock:
-            self._drop_until(lambda _: disk_usage(self._folder).free >= size)
+            _remove(_copies(self._folder), size - disk_usage(self._folder).free)
 
-    def _drop_until(self, is_enough: Callable[[int], bool]) -> bool:
-        """Drop copies, the least recently used first, until their sum is small."""
-        states = [(entry.stat(), entry.path) for entry in os.scandir(self._folder)]
-        total = sum(state.st_size for state, _ in states)
-        for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
-            if is_enough(total):
-                break
-            os.unlink(path)
-            total -= state.st_size
-        return is_enough(total)
+    def _take_room(self, size: int) -> bool:
+        """Take room for a copy. If there is none, older ones go, an eighth at once."""
+        if size > self._room:  # a scan takes time and memory, so not for each copy
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._parts.mkdir(exist_ok=True)
+            parts = sum(part.size for part in _copies(self._parts))
+            if size + parts > self._bound:
+                return False
+            copies = _copies(self._folder)
+            room = self._bound - parts - sum(copy.size for copy in copies)
+            if size > room:
+                _remove(copies, size - room + self._bound // 8)
+            self._room = max(room, 2 * size) // 2  # another worker may add copies, too
+        self._room -= size
+        return True
 
 
-def _copy(file: BinaryIO, data: bytes) -> bool:
+class Copy(NamedTuple):
+    used: float  # POSIX seconds
+    size: int  # bytes
+    path: str
+
+
+def _copies(folder: Path) -> list[Copy]:
+    """The files of a folder, the least recently used first."""
+    states = [(entry.stat(), entry.path) for entry in os.scandir(folder)]
+    return sorted(Copy(state.st_mtime, state.st_size, path) for state, path in states)
+
+
+def _remove(copies: Iterable[Copy], missing: int) -> None:
+    """Remove so many bytes, or all."""
+    for copy in copies:
+        if missing <= 0:
+            break
+        os.unlink(copy.path)
+        missing -= copy.size
+
+
+def _write_part(part: BinaryIO, data: bytes) -> bool:
     with contextlib.suppress(OSError):  # the disk is full, say
-        file.write(data)
-        file.flush()
+        part.write(data)
+        part.flush()
         return True
     return False
 
 
-def _discard(file: BinaryIO) -> None:
-    with contextlib.suppress(OSError):  # it was put into the cache
-        file.close()
-        os.unlink(file.name)
+def _discard(part: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # it is a whole copy by now, and has its name
+        part.close()
+        os.unlink(part.name)
 
 
 def _cache_name(dist: Distribution) -> str:
