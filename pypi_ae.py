@@ -47,6 +47,7 @@ The environment (or the same words in lower case as keywords of get_app):
     REMOTE_PACKAGE_DIRECTORY the prefix in it; without a bucket, the        packages
                              directory that is served
     SYNC_SECONDS             how old a listing of the bucket may be         1
+    STALE_SECONDS            the same, while the bucket does not answer     3600
     CACHE_MB                 bound of the local cache of a bucket           100
     PASSWORD_FILE            users, in htpasswd format                      htpasswd.txt
     AUTHENTICATE             actions that need a user: list, download,      update
@@ -101,8 +102,10 @@ from typing import (
     TypeVar,
 )
 from urllib.parse import parse_qs, quote
+from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
     from wsgiref.types import StartResponse, WSGIEnvironment
 
     from gcs_rest import Bucket, Object
@@ -153,6 +156,7 @@ DEFAULTS = {
     "BUCKET_NAME": "",
     "REMOTE_PACKAGE_DIRECTORY": "",
     "SYNC_SECONDS": "1",
+    "STALE_SECONDS": "3600",
     # App Engine's smallest class has 384 MB, for the workers, uploads and this cache.
     "CACHE_MB": "100",
     "PASSWORD_FILE": "",
@@ -176,6 +180,7 @@ class Settings:
     bucket_name: str
     remote: str  # prefix in the bucket; without a bucket, the root if it is set
     sync_seconds: float
+    stale_seconds: float
     cache_bytes: int
     password_file: Path | None
     authenticate: frozenset[str]
@@ -201,6 +206,7 @@ class Settings:
             bucket_name=values["BUCKET_NAME"],
             remote=remote,
             sync_seconds=_number(values, "SYNC_SECONDS"),
+            stale_seconds=_number(values, "STALE_SECONDS"),
             cache_bytes=int(_number(values, "CACHE_MB") * 1_000_000),
             password_file=_password_file(values),
             authenticate=_actions(values["AUTHENTICATE"]),
@@ -450,6 +456,7 @@ class Request:
     user: str = ""  # authenticated user, or "" if the action needs none
     listing: Listing = field(init=False)  # set by Index.pull: of the project
     catalog: Catalog = field(init=False)  # set by Index.pull if there is no project
+    stale_since: float | None = None  # when they were listed, if they are not current
     unread: int | None = None  # bytes of the body; None: it was not asked for
     staged: list[Path] = field(default_factory=list)  # removed when the request ends
 
@@ -1059,6 +1066,9 @@ class BoundedCache(Generic[T]):
 LOCKS = 64  # shared by all projects; two busy projects seldom have the same lock
 TRIES = 3  # an upload that loses a race is tried again; three losses are an error
 TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last 256 KiB
+SLOTS = 8  # of the 16 threads that the README recommends; the others need no bucket
+PATIENCE = 1.0  # seconds; a list call takes 0.1, or 1 for 10,000 names
+PAUSE, PAUSE_MOST = 1.0, 30.0  # seconds without a call after a failure; they double
 
 Mark = tuple[int, int]  # of a path: mtime_ns, number of links
 Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or the bytes
@@ -1067,7 +1077,8 @@ Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or the byt
 class Look(NamedTuple, Generic[T]):
     """One reading of a store: what was found, and how long to believe it.
 
-    Moments are monotonic seconds. A change of a mark ends the belief at once.
+    Moments are monotonic seconds. A change of a mark ends the belief at once. While the
+    bucket does not answer, a look still serves what it has, for STALE_SECONDS.
     """
 
     found: T
@@ -1075,6 +1086,8 @@ class Look(NamedTuple, Generic[T]):
     until: float  # when to stop believing that what was found is there
     sure: float  # when to stop believing that nothing else is there
     place: Place = Place()  # of a project
+    began: float = 0.0  # when a bucket was asked
+    stale: bool = False  # it serves, but is not current
 
 
 Last = Look[Listing] | None  # the last look; what has not changed is kept from it
@@ -1083,8 +1096,11 @@ FindRoot = Callable[[], Look[Catalog]]  # returns a current look at the root
 
 def is_current(look: Look[Any], began: float, *, denies: bool = False) -> bool:
     """May a look serve a request that began then or, if it `denies`, refuse it?"""
-    if began >= (look.sure if denies else look.until):
-        return False
+    return began < (look.sure if denies else look.until) and is_unchanged(look)
+
+
+def is_unchanged(look: Look[Any]) -> bool:
+    """Has nothing been changed here since the look?"""
     for path, mark in look.marks.items():  # noqa: SIM110 - all() is slower here
         if read_mark(path) != mark:
             return False
@@ -1108,6 +1124,61 @@ def read_mark(path: str) -> Mark:
     return state.st_mtime_ns, state.st_nlink
 
 
+class Away(OSError):  # noqa: N818 - it says what happened, as gcs_rest's errors do
+    """The bucket did not answer, or is not asked now. The log has the reason."""
+
+
+class Gate:
+    """Who may ask a bucket now, and who may wait for it.
+
+    After a list call has failed, nothing is asked for a pause. Then one list call is
+    tried. If that fails, too, the next pause is twice as long; a success ends it.
+    """
+
+    def __init__(self) -> None:
+        self.slow = (
+            False  # a call has failed or taken PATIENCE, and none came back since
+        )
+        self._slots, self._lock = threading.Semaphore(SLOTS), threading.Lock()
+        self._pause = self._retry_at = 0.0  # seconds; no pause: the bucket is well
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Be one of those who wait for the bucket; raise Away if they are too many."""
+        paused, patience = time.monotonic() < self._retry_at, not self.slow and PATIENCE
+        if paused or not self._slots.acquire(timeout=patience):
+            self.slow = True
+            raise Away("The bucket does not answer.")
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    @contextlib.contextmanager
+    def list_call(self) -> Iterator[None]:
+        """Learn from a list call how the bucket is; raise Away if it fails."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._retry_at:
+                raise Away("The bucket does not answer.")
+            self._pause = min(2 * self._pause, PAUSE_MOST)
+            self._retry_at = (
+                now + self._pause
+            )  # until this call ends, nobody else tries
+        try:
+            yield
+        except OSError as fault:
+            with self._lock:
+                if not self._pause:
+                    log.error("%s. Only what is known is served now.", fault)
+                self.slow, self._pause = True, self._pause or PAUSE
+                self._retry_at = time.monotonic() + self._pause
+            raise Away("The bucket does not answer.") from fault
+        if self._pause:
+            log.warning("The bucket answers again.")
+        self.slow, self._pause, self._retry_at = False, 0.0, 0.0
+
+
 class Store(Protocol):
     """Where distributions lie for good. Only an Index calls it.
 
@@ -1116,6 +1187,8 @@ class Store(Protocol):
 
     staging: Path  # a folder for uploads in progress
 
+    @property
+    def gate(self) -> Gate | None: ...  # None: it answers at once, as a disk does
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]: ...
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         """List a project. Distributions that have not changed are kept from `last`."""
@@ -1152,16 +1225,32 @@ class Store(Protocol):
 
 
 class Index:
-    """What is known of a store, and the only way to change it."""
+    """What is known of a store, and the only way to change it.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    Who waits for whom, at a bucket: one thread looks at a project, or at the root, and
+    others who need that look wait for it. Who has nothing to serve waits to the end, in
+    one of the SLOTS of the gate, and fails if that look fails. Who has a last look
+    waits for PATIENCE, or not at all if the bucket is slow already, and then serves
+    it, while the new look is taken in a thread of the pool.
+    """
+
+    def __init__(self, store: Store, stale_seconds: float = 0.0) -> None:
+        self.store, self._stale_seconds = store, stale_seconds
         self.open, self.iter_names = store.open, store.iter_names
+        self._slot = store.gate.slot if store.gate else contextlib.nullcontext
         self._root: Look[Catalog] | None = None
         self._looks: BoundedCache[Look[Listing]] = BoundedCache(FILES_KEPT)
         self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
         self._root_lock = threading.Lock()
         self._locks = [threading.Lock() for _ in range(LOCKS)]
+        self._flights: WeakValueDictionary[str, Future[Look[Any]]]  # by project
+        self._flights = WeakValueDictionary()  # what waits or runs in the pool
+
+    @cached_property
+    def _pool(self) -> Executor:
+        from concurrent.futures import ThreadPoolExecutor
+
+        return ThreadPoolExecutor(SLOTS)
 
     # Before a request...
 
@@ -1171,46 +1260,84 @@ class Index:
         if not action:
             return  # redirects and the start page read neither
         project, filename = target_of(request)
+        look: Look[Any]
         if project:
-            request.listing = self.listing(project, request.started, filename)
+            look = self.listing(project, request.started, filename)
+            request.listing = look.found
         else:
-            root = self.root(request.started, denies=action == "list")
-            request.catalog = root.found
+            look = self.catalog(request.started, denies=action == "list")
+            request.catalog = look.found
+        if look.stale:
+            request.stale_since = look.began
 
-    def listing(self, project: Project, began: float, filename: str = "") -> Listing:
-        """The listing of a project for a request that began then.
+    def listing(self, project: Project, began: float, name: str = "") -> Look[Listing]:
+        """The look at a project, or a file of it, for a request that began then."""
+        last = self._looks.get(project)
+        if last and _serves(last, began, name):
+            return last
+        if last and not _has(last, name):
+            last = None
+        take = partial(self._look_if_needed, project, name, began)
+        return self._wait(project, take, last, began)
 
-        Those who wait for the same look share it.
-        """
-        look = self._looks.get(project)
-        if look and _serves(look, began, filename):
-            return look.found
+    def catalog(self, began: float, *, denies: bool = True) -> Look[Catalog]:
+        """The look at the root for a request that began then, and may show it all."""
+        root = self._root
+        if root and is_current(root, began, denies=denies):
+            return root
+        take = partial(self.root, began, denies=denies)
+        return self._wait("", take, root if denies else None, began)
+
+    def _wait(
+        self, key: str, take: Callable[[], Look[T]], last: Look[T] | None, began: float
+    ) -> Look[T]:
+        """Take a look, or serve the last one if that fails or takes long."""
+        gate = self.store.gate
+        if not gate or (last and began >= last.began + self._stale_seconds):
+            last = None
+        try:
+            # A change that was made here has to show, if the bucket is well.
+            if gate and last and (gate.slow or is_unchanged(last)):
+                flight = self._flights.get(key)
+                if not flight or flight.done():
+                    self._flights[key] = flight = self._pool.submit(take)
+                flight.result(0 if gate.slow else PATIENCE)
+            with self._slot():
+                return take()
+        except OSError as fault:
+            if gate and isinstance(fault, TimeoutError):
+                gate.slow = True
+            if not last:
+                raise
+            return last._replace(stale=True)
+
+    def _look_if_needed(
+        self, project: Project, name: str, began: float
+    ) -> Look[Listing]:
         with self._locks[hash(project) % LOCKS]:
-            look = self._looks.get(project)
-            if look and _serves(look, began, filename):
-                return look.found
-            return self._look(project, began, look)
+            last = self._looks.get(project)
+            if last and _serves(last, began, name):
+                return last
+            return self._look(project, began, last)
 
     def look_again(self, project: Project) -> Listing:
         """List a project now, whatever is known of it."""
-        with self._locks[hash(project) % LOCKS]:
+        with self._slot(), self._locks[hash(project) % LOCKS]:
             last = self._looks.get(project)
             expired = last and last._replace(until=0.0)
-            return self._look(project, time.monotonic(), expired)
+            return self._look(project, time.monotonic(), expired).found
 
-    def _look(self, project: Project, began: float, last: Last) -> Listing:
+    def _look(self, project: Project, began: float, last: Last) -> Look[Listing]:
         find_root = partial(self._root_for, project, began)
         if self._root is None:  # a cold start: both lists of a bucket side by side
-            from concurrent.futures import ThreadPoolExecutor
-
-            with ThreadPoolExecutor(1) as pool:
-                look = self.store.look(project, pool.submit(find_root).result, last)
-        elif project in (root := find_root()).found.places:
-            look = self.store.look(project, lambda: root, last)
+            root = self._pool.submit(find_root)
+            look = self.store.look(project, root.result, last)
+        elif project in (found := find_root()).found.places:
+            look = self.store.look(project, lambda: found, last)
         else:  # the root shows that there is no such project
-            return Listing(project, ())
+            return Look(Listing(project, ()), {}, 0.0, 0.0)
         self._looks.keep(project, look, 1 + len(look.found.dists))
-        return look.found
+        return look
 
     def _root_for(self, project: Project, began: float) -> Look[Catalog]:
         """The look at the root that the page of a project needs.
@@ -1317,8 +1444,11 @@ class Index:
 
 def _serves(look: Look[Listing], began: float, filename: str) -> bool:
     """May a look serve this request, or deny the file or project that it asks for?"""
-    there = filename in look.found.by_name if filename else look.found.dists
-    return is_current(look, began, denies=not there)
+    return is_current(look, began, denies=not _has(look, filename))
+
+
+def _has(look: Look[Listing], filename: str) -> bool:
+    return filename in look.found.by_name if filename else bool(look.found.dists)
 
 
 def has_bytes(dist: Distribution, sha256: str, source: Path) -> bool:
@@ -1392,6 +1522,8 @@ FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
 
 class Directory:
     """Distributions in a local directory."""
+
+    gate: Gate | None = None
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -1701,13 +1833,15 @@ class Cloud:
         make_folder(self._changes)
         self._cache = FileCache(own / "cache", settings.cache_bytes)
         self._sync = settings.sync_seconds
+        self.gate = Gate()
         self._places: Mapping[Project, Place] = {}  # at the last look at the root
 
     # Looking...
 
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]:
         marks, began = read_marks([self._marker("")]), time.monotonic()
-        objects, prefixes = self.bucket.list(self._prefix, delimiter="/")
+        with self.gate.list_call():
+            objects, prefixes = self.bucket.list(self._prefix, delimiter="/")
         loose: dict[Project, dict[str, Distribution]] = {}
         for dist in self._describe(objects):
             loose.setdefault(dist.project, {})[dist.filename] = dist
@@ -1717,16 +1851,17 @@ class Cloud:
         until, sure = began + ROOT_SECONDS * self._sync, began + self._sync
         catalog = make_catalog(folders, loose)
         self._places = catalog.places
-        return Look(catalog, marks, until, sure)
+        return Look(catalog, marks, until, sure, began=began)
 
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         marks, began = read_marks([self._marker(project)]), time.monotonic()
-        objects, _ = self.bucket.list(f"{self._prefix}{project}/")
+        with self.gate.list_call():
+            objects, _ = self.bucket.list(f"{self._prefix}{project}/")
         loose = find_root().found.places.get(project, Place()).loose
         dists = {name: dist for name, dist in loose.items() if dist}
         dists |= {d.filename: d for d in self._describe(objects, project, last)}
         listing = relist(project, dists.values(), last)
-        return Look(listing, marks, began + self._sync, began)
+        return Look(listing, marks, began + self._sync, began, began=began)
 
     def _describe(
         self, objects: Iterable[Object], project: str = "", last: Last = None
@@ -1754,7 +1889,8 @@ class Cloud:
                 )
 
     def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
-        return self._describe(self.bucket.list(self._prefix)[0])
+        with self.gate.slot(), self.gate.list_call():
+            return self._describe(self.bucket.list(self._prefix)[0])
 
     def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
         for dist in self.iter_dists(catalog):
@@ -1771,7 +1907,8 @@ class Cloud:
             return iter(())
         whole = stop - start == dist.size  # the md5 of a whole object is compared
         span = {"start": start} if whole else {"start": start, "stop": stop}
-        chunks = self.bucket.read(dist.path, generation=dist.state[0], **span)
+        with self.gate.slot():
+            chunks = self.bucket.read(dist.path, generation=dist.state[0], **span)
         wanted = not known or dist.size <= self._cache.bound
         return self._keep(dist, chunks) if whole and wanted else chunks
 
@@ -1813,7 +1950,7 @@ class Cloud:
         match = old.state[0] if old and not old.loose else 0
         values, insert = object_metadata(new.facts, new.uploader), self.bucket.insert
         try:
-            with open(new.source, "rb") as file:
+            with open(new.source, "rb") as file, self.gate.slot():
                 item = insert(name, file, metadata=values, if_generation=match)
         finally:  # after a failure, too: it may have been stored
             self._touch(new.project, root=new.project not in self._places)
@@ -1824,7 +1961,8 @@ class Cloud:
 
     def delete(self, dist: Distribution) -> None:
         try:
-            self.bucket.delete(dist.path, generation=dist.state[0])
+            with self.gate.slot():
+                self.bucket.delete(dist.path, generation=dist.state[0])
         finally:
             self._touch(dist.project, root=True)
 
@@ -2690,7 +2828,7 @@ def start_page(app: App, request: Request) -> Response:
     values = {"URL": base, "PACKAGES": f"{base}packages/", "SIMPLE": f"{base}simple/"}
     values["VERSION"] = __version__
     if "{{NUMPKGS}}" in page:
-        values["NUMPKGS"] = str(len(app.index.root(request.started).found.projects))
+        values["NUMPKGS"] = str(len(app.index.catalog(request.started).found.projects))
     for name, value in values.items():
         page = page.replace("{{" + name + "}}", escape(value))
     return plain_response(f"{HTML}; charset=utf-8", page)
@@ -2751,6 +2889,10 @@ def search(app: App, request: Request) -> Response:
 Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
+NOT_NOW = HTTPError(
+    503, "The store cannot be read or written now. Try again.", Retry_After="5"
+)
+STALE: Header = ("Warning", '110 - "Response is Stale"')  # RFC 7234, 5.5.1
 MAX_PATH = 1024  # letters; the longest useful path has two names of 215
 
 
@@ -2852,11 +2994,13 @@ class App:
         try:
             response = self._respond(request)
         except HTTPError as refusal:
-            response = self._refuse(request, refusal)
+            # What is missing in an old listing may be there by now.
+            unsure = refusal.status == 404 and request.stale_since is not None
+            response = self._refuse(request, NOT_NOW if unsure else refusal)
         except OSError as fault:
-            self._log(logging.ERROR, request, f"the store failed: {fault}")
-            why = "The store cannot be read or written now. Try again."
-            response = self._refuse(request, HTTPError(503, why, Retry_After="5"))
+            if not isinstance(fault, Away):
+                self._log(logging.ERROR, request, f"the store failed: {fault}")
+            response = self._refuse(request, NOT_NOW)
         except Exception:
             self._log(logging.ERROR, request, "fault", exc_info=True)
             why = "The server failed; its log says why."
@@ -2884,7 +3028,10 @@ class App:
             response = after(request, response) or response
         for change in response.changes:
             self._log(logging.INFO, request, _in_words(change))
-        return response
+        if request.stale_since is None:
+            return response
+        age = ("Age", f"{time.monotonic() - request.stale_since:.0f}")
+        return replace(response, headers=(*response.headers, age, STALE))
 
     def _authorize(self, request: Request) -> None:
         try:
@@ -2962,10 +3109,20 @@ def get_app(
     if checked.remote and not checked.bucket_name:
         log.info("REMOTE_PACKAGE_DIRECTORY is served, as no BUCKET_NAME is set")
     log.info("pypi_ae %s serves %s", __version__, place_of(checked))
-    app = App(checked, Index(store), who)
-    if not checked.bucket_name:  # a directory that cannot be read is noticed now
-        app.index.root(time.monotonic())
+    app = App(checked, Index(store, checked.stale_seconds), who)
+    look_at_start(app.index)
     return app
+
+
+def look_at_start(index: Index) -> None:
+    """Look at the root, so that the log says at once if it cannot be read."""
+    if not index.store.gate:
+        index.root(time.monotonic())
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    look = ThreadPoolExecutor(1).submit(index.root, time.monotonic())
+    os.register_at_fork(before=look.exception)  # a child would wait for its locks
 
 
 def place_of(settings: Settings) -> str:
