@@ -1293,19 +1293,20 @@ class Index:
     ) -> Look[T]:
         """Take a look, or serve the last one if that fails or takes long."""
         gate = self.store.gate
+        patience = PATIENCE if gate and not gate.slow else 0
         if not gate or (last and began >= last.began + self._stale_seconds):
             last = None
         try:
             # A change that was made here has to show, if the bucket is well.
-            if gate and last and (gate.slow or is_unchanged(last)):
+            if last and (not patience or is_unchanged(last)):
                 flight = self._flights.get(key)
                 if not flight or flight.done():
                     self._flights[key] = flight = self._pool.submit(take)
-                flight.result(0 if gate.slow else PATIENCE)
+                flight.result(patience)
             with self._slot():
                 return take()
         except OSError as fault:
-            if gate and isinstance(fault, TimeoutError):
+            if gate and patience and isinstance(fault, TimeoutError):
                 gate.slow = True
             if not last:
                 raise
