@@ -16,7 +16,6 @@ import pypi_ae
 import test_pypi_ae
 from gcs_rest import Refused
 from test_pypi_ae import (
-    BYTES,
     FILE,
     FOLDER,
     ROOT,
@@ -35,16 +34,12 @@ from test_pypi_ae import (
     _alone,
     emulator,
     facts,
-    file,
-    make_app,
     make_wheel,
-    metadata,
     played,
     refuse,
     running,
     shows,
     simple,
-    small,
     unreachable,
     url,
     wait_until,

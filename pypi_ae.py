@@ -85,6 +85,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -105,7 +106,6 @@ from urllib.parse import parse_qs, quote
 from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
     from wsgiref.types import StartResponse, WSGIEnvironment
 
     from gcs_rest import Bucket, Object
@@ -1096,11 +1096,8 @@ FindRoot = Callable[[], Look[Catalog]]  # returns a current look at the root
 
 def is_current(look: Look[Any], began: float, *, denies: bool = False) -> bool:
     """May a look serve a request that began then or, if it `denies`, refuse it?"""
-    return began < (look.sure if denies else look.until) and is_unchanged(look)
-
-
-def is_unchanged(look: Look[Any]) -> bool:
-    """Has nothing been changed here since the look?"""
+    if began >= (look.sure if denies else look.until):
+        return False
     for path, mark in look.marks.items():  # noqa: SIM110 - all() is slower here
         if read_mark(path) != mark:
             return False
@@ -1136,9 +1133,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.slow = (
-            False  # a call has failed or taken PATIENCE, and none came back since
-        )
+        self.slow = False  # a call failed or took PATIENCE; none succeeded since
         self._slots, self._lock = threading.Semaphore(SLOTS), threading.Lock()
         self._pause = self._retry_at = 0.0  # seconds; no pause: the bucket is well
 
@@ -1162,9 +1157,7 @@ class Gate:
             if now < self._retry_at:
                 raise Away("The bucket does not answer.")
             self._pause = min(2 * self._pause, PAUSE_MOST)
-            self._retry_at = (
-                now + self._pause
-            )  # until this call ends, nobody else tries
+            self._retry_at = now + self._pause  # for others, while this one tries
         try:
             yield
         except OSError as fault:
@@ -1243,14 +1236,9 @@ class Index:
         self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
         self._root_lock = threading.Lock()
         self._locks = [threading.Lock() for _ in range(LOCKS)]
-        self._flights: WeakValueDictionary[str, Future[Look[Any]]]  # by project
-        self._flights = WeakValueDictionary()  # what waits or runs in the pool
-
-    @cached_property
-    def _pool(self) -> Executor:
-        from concurrent.futures import ThreadPoolExecutor
-
-        return ThreadPoolExecutor(SLOTS)
+        self._pool = ThreadPoolExecutor(SLOTS)
+        # The looks that are taken there, by project; "" is the root.
+        self._flights: WeakValueDictionary[str, Future[Any]] = WeakValueDictionary()
 
     # Before a request...
 
@@ -1260,9 +1248,8 @@ class Index:
         if not action:
             return  # redirects and the start page read neither
         project, filename = target_of(request)
-        look: Look[Any]
         if project:
-            look = self.listing(project, request.started, filename)
+            look: Look[Any] = self.listing(project, request.started, filename)
             request.listing = look.found
         else:
             look = self.catalog(request.started, denies=action == "list")
@@ -1275,10 +1262,9 @@ class Index:
         last = self._looks.get(project)
         if last and _serves(last, began, name):
             return last
-        if last and not _has(last, name):
-            last = None
-        take = partial(self._look_if_needed, project, name, began)
-        return self._wait(project, take, last, began)
+        take = partial(self._look_once, project, name, began)
+        has = last and _has(last, name)
+        return self._wait(project, take, last if has else None, began)
 
     def catalog(self, began: float, *, denies: bool = True) -> Look[Catalog]:
         """The look at the root for a request that began then, and may show it all."""
@@ -1298,7 +1284,7 @@ class Index:
             last = None
         try:
             # A change that was made here has to show, if the bucket is well.
-            if last and (not patience or is_unchanged(last)):
+            if last and (not patience or is_current(last, 0.0)):
                 flight = self._flights.get(key)
                 if not flight or flight.done():
                     self._flights[key] = flight = self._pool.submit(take)
@@ -1312,9 +1298,7 @@ class Index:
                 raise
             return last._replace(stale=True)
 
-    def _look_if_needed(
-        self, project: Project, name: str, began: float
-    ) -> Look[Listing]:
+    def _look_once(self, project: Project, name: str, began: float) -> Look[Listing]:
         with self._locks[hash(project) % LOCKS]:
             last = self._looks.get(project)
             if last and _serves(last, began, name):
@@ -1329,14 +1313,12 @@ class Index:
             return self._look(project, time.monotonic(), expired).found
 
     def _look(self, project: Project, began: float, last: Last) -> Look[Listing]:
-        find_root = partial(self._root_for, project, began)
+        find_root: FindRoot = partial(self._root_for, project, began)
         if self._root is None:  # a cold start: both lists of a bucket side by side
-            root = self._pool.submit(find_root)
-            look = self.store.look(project, root.result, last)
-        elif project in (found := find_root()).found.places:
-            look = self.store.look(project, lambda: found, last)
-        else:  # the root shows that there is no such project
+            find_root = self._pool.submit(find_root).result
+        elif project not in find_root().found.places:
             return Look(Listing(project, ()), {}, 0.0, 0.0)
+        look = self.store.look(project, find_root, last)
         self._looks.keep(project, look, 1 + len(look.found.dists))
         return look
 
@@ -2890,10 +2872,7 @@ def search(app: App, request: Request) -> Response:
 Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
-NOT_NOW = HTTPError(
-    503, "The store cannot be read or written now. Try again.", Retry_After="5"
-)
-STALE: Header = ("Warning", '110 - "Response is Stale"')  # RFC 7234, 5.5.1
+NOT_NOW = HTTPError(503, "The store does not answer now. Try again.", Retry_After="5")
 MAX_PATH = 1024  # letters; the longest useful path has two names of 215
 
 
@@ -3029,10 +3008,11 @@ class App:
             response = after(request, response) or response
         for change in response.changes:
             self._log(logging.INFO, request, _in_words(change))
-        if request.stale_since is None:
-            return response
-        age = ("Age", f"{time.monotonic() - request.stale_since:.0f}")
-        return replace(response, headers=(*response.headers, age, STALE))
+        if request.stale_since is not None:  # RFC 7234, 5.5
+            age = f"{time.monotonic() - request.stale_since:.0f}"
+            stale = ("Age", age), ("Warning", '110 - "Response is Stale"')
+            response = replace(response, headers=response.headers + stale)
+        return response
 
     def _authorize(self, request: Request) -> None:
         try:
@@ -3120,8 +3100,6 @@ def look_at_start(index: Index) -> None:
     if not index.store.gate:
         index.root(time.monotonic())
         return
-    from concurrent.futures import ThreadPoolExecutor
-
     look = ThreadPoolExecutor(1).submit(index.root, time.monotonic())
     os.register_at_fork(before=look.exception)  # a child would wait for its locks
 
