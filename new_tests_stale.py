@@ -1,5 +1,6 @@
 """New tests: what is served while the bucket is slow or gone."""
 
+import itertools
 import re
 import socket
 import threading
@@ -60,7 +61,7 @@ BY_ITSELF = ("/health", "/", "/acme/")
 
 
 @pytest.fixture
-def clock(monkeypatch: Patch) -> Iterator[Callable[[float], None]]:
+def clock(monkeypatch: Patch) -> Callable[[float], None]:
     """Moves the clock forward."""
     ahead, real = [0.0], time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
@@ -68,7 +69,7 @@ def clock(monkeypatch: Patch) -> Iterator[Callable[[float], None]]:
     def move(seconds: float) -> None:
         ahead[0] += seconds
 
-    yield move
+    return move
 
 
 @pytest.fixture
@@ -111,6 +112,12 @@ def all_at_once(
     return pool, [pool.submit(client.get, path) for path in paths]
 
 
+def messages(log: Log) -> list[str]:
+    """What was logged of the bucket, and not of a request or a start."""
+    lines = [record.getMessage() for record in log.records]
+    return [line for line in lines if " by " not in line and "serves" not in line]
+
+
 def count_calls(cloud: Cloud) -> int:
     return len(cloud.wire.calls)
 
@@ -143,11 +150,9 @@ def test_what_is_known_is_served_for_stale_seconds(
     assert wait_until(lambda: client.get("/simple/").status == 200)
     assert not is_stale(client.get(KNOWN[0]))
     assert client.get(UNKNOWN[0]).headers["location"] == f"{FALLBACK}/no/"
-    lines = [r.getMessage() for r in caplog.records if r.name == "pypi_ae"]
-    lines = [line for line in lines if " by " not in line and "serves" not in line]
-    assert len(lines) == 2, lines  # one when it goes, one when it is back
-    assert "Only what is known is served" in lines[0]
-    assert lines[1] == "The bucket answers again."
+    [gone, back] = messages(caplog)  # one line when it goes, one when it is back
+    assert "Only what is known is served" in gone
+    assert back == "The bucket answers again."
 
 
 def test_stale_seconds_0_serves_nothing_old(played: Cloud) -> None:
@@ -193,30 +198,21 @@ def test_threads_for_the_bucket_are_bounded(played: Cloud, hang: Any) -> None:
     for number in range(20):
         assert client.get(f"/simple/p{number}/").status == 200
     time.sleep(0.05)
-    asked, lock = [0, 0], threading.Lock()  # now, and at most
-
-    def counted(go: Go) -> Reply:
-        with lock:
-            asked[0] += 1
-            asked[1] = max(asked)
-        try:
-            return hang(go)  # type: ignore[no-any-return]
-        finally:
-            with lock:
-                asked[0] -= 1
-
-    played.wire.on("", counted)
+    played.wire.on("", hang)
+    mark = count_calls(played)
     paths = [f"/simple/p{number}/" for number in range(40)] * 2
     pool, futures = all_at_once(client, paths)
     left = pypi_ae.SLOTS
     assert wait_until(lambda: sum(f.done() for f in futures) >= len(paths) - left)
     assert client.get("/health").status == 200
+    assert (
+        count_calls(played) - mark <= 2 * pypi_ae.SLOTS
+    )  # in the pool, and for those who wait
     hang.release.set()
     pool.shutdown()
     for path, future in zip(paths, futures, strict=True):
         known = int(path[9:-1]) < 20
         assert future.result().status == (200 if known else 503)
-    assert asked[1] <= 2 * pypi_ae.SLOTS  # in the pool, and for those who wait
 
 
 @pytest.mark.parametrize("call", ["insert", "delete", "read"])
@@ -250,7 +246,7 @@ def test_pauses_double_and_a_success_ends_them(played: Cloud, clock: Any) -> Non
         tries += [seconds] * (count_calls(played) - before)
         clock(0.5)
         seconds += 0.5
-    gaps = [after - before for before, after in zip(tries, tries[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(tries)]
     wanted = [1, 2, 4, 8, 16, 30, 30]
     assert len(gaps) == len(wanted)
     assert all(abs(a - b) <= 1 for a, b in zip(gaps, wanted, strict=True)), gaps
