@@ -1977,6 +1977,7 @@ class FileCache:
 
     def __init__(self, folder: Path, bound: int) -> None:
         self._folder, self.bound = folder, bound  # bytes
+        self._room = 0  # bytes to add before the folder is scanned again
         make_folder(folder)
 
     def open(self, name: str, start: int) -> BinaryIO | None:
@@ -1988,17 +1989,27 @@ class FileCache:
             return None
 
     def put(self, name: str, source: Path) -> None:
-        """Move a file into the cache, and remove others until all fit."""
-        if source.stat().st_size > self.bound:
+        """Move a file into the cache; if it is full, remove an eighth of it."""
+        size = source.stat().st_size
+        if size > self.bound:
             return
         with contextlib.suppress(OSError):  # the file is served without a cache, too
             os.replace(source, self._folder / name)
-            states = [(e.stat(), e.path) for e in os.scandir(self._folder)]
-            excess = sum(state.st_size for state, _ in states) - self.bound
-            for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
-                if excess > 0:
-                    os.unlink(path)
-                    excess -= state.st_size
+            self._room -= size
+            if self._room < 0:  # A scan takes time and memory, so not for each file.
+                self._room = self._remove_oldest() // 2  # another worker adds, too
+
+    def _remove_oldest(self) -> int:
+        """Remove files until there is room, and return how much."""
+        states = [(e.stat(), e.path) for e in os.scandir(self._folder)]
+        room = self.bound - sum(state.st_size for state, _ in states)
+        wanted = self.bound // 8 if room < 0 else 0
+        for state, path in sorted(states, key=lambda pair: pair[0].st_mtime):
+            if room >= wanted:
+                break
+            os.unlink(path)
+            room += state.st_size
+        return room
 
 
 def _cache_name(dist: Distribution) -> str:
