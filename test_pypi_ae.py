@@ -30,6 +30,7 @@ import logging
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -5803,11 +5804,19 @@ def test_of_uploads_that_race_for_one_name_one_wins(
 
 
 def list_nothing_and_hang(bucket: socket.socket) -> bool:
-    """Answer the list before an upload, and leave the upload without an answer."""
-    with bucket.accept()[0] as client:
-        client.recv(1 << 16)
-        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-        return client.recv(1 << 16).startswith(b"POST ")
+    """Answer lists, and leave the upload that comes then without an answer."""
+    sockets = [bucket]
+    with contextlib.ExitStack() as stack:
+        while ready := select.select(sockets, [], [], 30)[0]:
+            if ready[0] is bucket:
+                sockets.append(stack.enter_context(bucket.accept()[0]))
+            elif (data := ready[0].recv(1 << 16)).startswith(b"POST "):
+                return True
+            elif data:
+                ready[0].sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            else:
+                sockets.remove(ready[0])
+    return False
 
 
 KILLED = ("wsgiref", "gunicorn", "bucket, as it arrives", "bucket, as it is pushed")
@@ -5935,6 +5944,7 @@ def test_published_here_installed_from_there(
     old, new = (write_wheel(tmp_path, "acme", version) for version in ("1.0", "2.0"))
     clients = [Clients(server.home, server) for server in (one, two)]
     clients[0].run("twine", "upload", old)
+    time.sleep(float(sync))  # both have listed the root when they started
     assert two.names() == one.names() == [old.name]
     clients[0].run("twine", "upload", new)
     ends = time.monotonic() + float(sync)
