@@ -289,6 +289,20 @@ def test_a_slow_bucket_is_waited_for_with_patience(
     assert WHEEL2 not in answer.text
 
 
+def test_after_an_idle_outage_the_first_page_is_current(
+    played: Cloud, clock: Any
+) -> None:
+    client = known_to(played)
+    played.wire.on("list", refuse(503))
+    assert is_stale(client.get("/simple/acme/"))
+    played.wire.heal()
+    played.put(f"acme/{WHEEL2}", make_wheel(version="2.0"))
+    clock(600)
+    answer = client.get("/simple/acme/")
+    assert not is_stale(answer)
+    assert WHEEL2 in answer.text
+
+
 STARTS: dict[str, tuple[Act, str]] = {
     "forbidden": (refuse(403), "grant roles/storage.objectUser on the bucket to"),
     "no bucket": (refuse(404), "check the names of the bucket"),

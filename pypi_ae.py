@@ -1137,6 +1137,11 @@ class Gate:
         self._slots, self._lock = threading.Semaphore(SLOTS), threading.Lock()
         self._pause = self._retry_at = 0.0  # seconds; no pause: the bucket is well
 
+    def patience(self) -> float:
+        """How long may somebody wait who has an old listing to serve?"""
+        tries = self._pause > 0 and time.monotonic() >= self._retry_at
+        return PATIENCE if tries or not self.slow else 0.0
+
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
         """Be one of those who wait for the bucket; raise Away if they are too many."""
@@ -1279,12 +1284,12 @@ class Index:
     ) -> Look[T]:
         """Take a look, or serve the last one if that fails or takes long."""
         gate = self.store.gate
-        patience = PATIENCE if gate and not gate.slow else 0
+        patience = gate.patience() if gate else 0.0
         if not gate or (last and began >= last.began + self._stale_seconds):
             last = None
         try:
             # A change that was made here has to show, if the bucket is well.
-            if last and (not patience or is_current(last, 0.0)):
+            if gate and last and (gate.slow or is_current(last, 0.0)):
                 flight = self._flights.get(key)
                 if not flight or flight.done():
                     self._flights[key] = flight = self._pool.submit(take)

@@ -4851,7 +4851,7 @@ COST: dict[str, tuple[float, Step, Step, list[str]]] = {
 def test_what_it_costs(cloud: Cloud, case: str) -> None:
     sync, prepare, act, calls = COST[case]
     client = cloud.with_wheel(sync_seconds=sync)
-    assert cloud.wire.calls == []  # a start asks nothing, so it cannot fail
+    assert cloud.wire.calls == []  # what a start asks is left out here
     prepare(client)
     if "elsewhere" in case:
         small(cloud.instance("elsewhere"))
