@@ -1241,7 +1241,7 @@ class Index:
         self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
         self._root_lock = threading.Lock()
         self._locks = [threading.Lock() for _ in range(LOCKS)]
-        self._pool = ThreadPoolExecutor(SLOTS)
+        self._pool, self._lock = ThreadPoolExecutor(SLOTS), threading.Lock()
         # The looks that are taken there, by project; "" is the root.
         self._flights: WeakValueDictionary[str, Future[Any]] = WeakValueDictionary()
 
@@ -1290,9 +1290,10 @@ class Index:
         try:
             # A change that was made here has to show, if the bucket is well.
             if gate and last and (gate.slow or is_current(last, 0.0)):
-                flight = self._flights.get(key)
-                if not flight or flight.done():
-                    self._flights[key] = flight = self._pool.submit(take)
+                with self._lock:
+                    flight = self._flights.get(key)
+                    if not flight or flight.done():
+                        self._flights[key] = flight = self._pool.submit(take)
                 flight.result(patience)
             with self._slot():
                 return take()
