@@ -47,6 +47,7 @@ The environment (or the same words in lower case as keywords of get_app):
     REMOTE_PACKAGE_DIRECTORY the prefix in it; without a bucket, the        packages
                              directory that is served
     SYNC_SECONDS             how old a listing of the bucket may be         1
+    STALE_SECONDS            the same, while the bucket does not answer     3600
     CACHE_MB                 bound of the local cache of a bucket           100
     PASSWORD_FILE            users, in htpasswd format                      htpasswd.txt
     AUTHENTICATE             actions that need a user: list, download,      update
@@ -90,6 +91,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -107,6 +109,7 @@ from typing import (
     TypeVar,
 )
 from urllib.parse import parse_qs, parse_qsl, quote
+from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -165,6 +168,7 @@ DEFAULTS = {
     "BUCKET_NAME": "",
     "REMOTE_PACKAGE_DIRECTORY": "",
     "SYNC_SECONDS": "1",
+    "STALE_SECONDS": "3600",
     # App Engine's smallest class has 384 MB, for the workers, uploads and this cache.
     "CACHE_MB": "100",
     "PASSWORD_FILE": "",
@@ -195,6 +199,7 @@ class Settings:
         # The prefix in the bucket; without a bucket, the root if it is set.
         self.root, self.remote = _directories(values)
         self.sync_seconds = _number(values, "SYNC_SECONDS")
+        self.stale_seconds = _number(values, "STALE_SECONDS")
         self.cache_bytes = int(_number(values, "CACHE_MB") * 1_000_000)
         self.password_file = _password_file(values)
         self.authenticate = _actions(values["AUTHENTICATE"])
@@ -473,6 +478,7 @@ class Request:
     user: str = ""  # authenticated user, or "" if the action needs none
     listing: Listing = field(init=False)  # set by Index.pull: of the project
     catalog: Catalog = field(init=False)  # set by Index.pull if there is no project
+    stale_since: float | None = None  # when they were listed, if they are not current
     unread: int | None = None  # bytes of the body; None: it was not asked for
     behind_proxy: bool = False  # is X-Forwarded-... the word of our own proxy?
     # Called when the request ends.
@@ -741,8 +747,6 @@ class Users:
     """Verifies users, from a mapping of user to hash or from an htpasswd file."""
 
     def __init__(self, source: Mapping[str, str] | Path | None) -> None:
-        from concurrent.futures import Future, ThreadPoolExecutor
-
         self._path = source if isinstance(source, Path) else None
         file = self._path or "FILE"
         self.advice = f"Add one with: python pypi_ae.py passwd {file} USER"
@@ -1212,6 +1216,9 @@ class BoundedCache(Generic[T]):
 LOCKS = 64  # shared by all projects; two busy projects seldom have the same lock
 TRIES = 3  # an upload that loses a race is tried again; three losses are an error
 TAIL = 256 << 10  # bytes; nearly every wheel has its .dist-info in its last 256 KiB
+SLOTS = 8  # of the 16 threads that the README recommends; the others need no bucket
+PATIENCE = 1.0  # seconds; a list call takes 0.1, or 1 for 10,000 names
+PAUSE, PAUSE_MOST = 1.0, 30.0  # seconds without a call after a failure; they double
 
 Mark = tuple[int, int]  # of a path: mtime_ns, number of links
 Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or the bytes
@@ -1220,7 +1227,8 @@ Body = BinaryIO | Iterator[bytes]  # an unbuffered file at its start, or the byt
 class Look(NamedTuple, Generic[T]):
     """One reading of a store: what was found, and how long to believe it.
 
-    Moments are monotonic seconds. A change of a mark ends the belief at once.
+    Moments are monotonic seconds. A change of a mark ends the belief at once. While the
+    bucket does not answer, a look still serves what it has, for STALE_SECONDS.
     """
 
     found: T
@@ -1228,6 +1236,8 @@ class Look(NamedTuple, Generic[T]):
     until: float  # when to stop believing that what was found is there
     sure: float  # when to stop believing that nothing else is there
     place: Place = Place()  # of a project
+    began: float = 0.0  # when a bucket was asked
+    stale: bool = False  # it serves, but is not current
 
 
 Last = Look[Listing] | None  # the last look; what has not changed is kept from it
@@ -1261,6 +1271,62 @@ def read_mark(path: str) -> Mark:
     return state.st_mtime_ns, state.st_nlink
 
 
+class Away(OSError):  # noqa: N818 - it says what happened, as gcs_rest's errors do
+    """The bucket did not answer, or is not asked now. The log has the reason."""
+
+
+class Gate:
+    """Who may ask a bucket now, and who may wait for it.
+
+    After a list call has failed, nothing is asked for a pause. Then one list call is
+    tried. If that fails, too, the next pause is twice as long; a success ends it.
+    """
+
+    def __init__(self) -> None:
+        self.slow = False  # a call failed or took PATIENCE; none succeeded since
+        self._slots, self._lock = threading.Semaphore(SLOTS), threading.Lock()
+        self._pause = self._retry_at = 0.0  # seconds; no pause: the bucket is well
+
+    def patience(self) -> float:
+        """How long may somebody wait who has an old listing to serve?"""
+        tries = self._pause > 0 and time.monotonic() >= self._retry_at
+        return PATIENCE if tries or not self.slow else 0.0
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """Be one of those who wait for the bucket; raise Away if they are too many."""
+        paused, patience = time.monotonic() < self._retry_at, not self.slow and PATIENCE
+        if paused or not self._slots.acquire(timeout=patience):
+            self.slow = True
+            raise Away("The bucket does not answer.")
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    @contextlib.contextmanager
+    def list_call(self) -> Iterator[None]:
+        """Learn from a list call how the bucket is; raise Away if it fails."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._retry_at:
+                raise Away("The bucket does not answer.")
+            self._pause = min(2 * self._pause, PAUSE_MOST)
+            self._retry_at = now + self._pause  # for others, while this one tries
+        try:
+            yield
+        except OSError as fault:
+            with self._lock:
+                if not self._pause:
+                    log.error("%s. Only what is known is served now.", fault)
+                self.slow, self._pause = True, self._pause or PAUSE
+                self._retry_at = time.monotonic() + self._pause
+            raise Away("The bucket does not answer.") from fault
+        if self._pause:
+            log.warning("The bucket answers again.")
+        self.slow, self._pause, self._retry_at = False, 0.0, 0.0
+
+
 class Store(Protocol):
     """Where distributions lie for good. Only an Index calls it.
 
@@ -1272,6 +1338,8 @@ class Store(Protocol):
     def stage(self, size: int) -> BinaryIO:
         """Open a new file for an upload of so many bytes."""
 
+    @property
+    def gate(self) -> Gate | None: ...  # None: it answers at once, as a disk does
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]: ...
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         """List a project. Distributions that have not changed are kept from `last`."""
@@ -1308,16 +1376,27 @@ class Store(Protocol):
 
 
 class Index:
-    """What is known of a store, and the only way to change it."""
+    """What is known of a store, and the only way to change it.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    Who waits for whom, at a bucket: one thread looks at a project, or at the root, and
+    others who need that look wait for it. Who has nothing to serve waits to the end, in
+    one of the SLOTS of the gate, and fails if that look fails. Who has a last look
+    waits for PATIENCE, or not at all if the bucket is slow already, and then serves
+    it, while the new look is taken in a thread of the pool.
+    """
+
+    def __init__(self, store: Store, stale_seconds: float = 0.0) -> None:
+        self.store, self._stale_seconds = store, stale_seconds
         self.open, self.iter_names = store.open, store.iter_names
+        self._slot = store.gate.slot if store.gate else contextlib.nullcontext
         self._root: Look[Catalog] | None = None
         self._looks: BoundedCache[Look[Listing]] = BoundedCache(FILES_KEPT)
         self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
         self._root_lock = threading.Lock()
         self._locks = [threading.Lock() for _ in range(LOCKS)]
+        self._pool, self._lock = ThreadPoolExecutor(SLOTS), threading.Lock()
+        # The looks that are taken there, by project; "" is the root.
+        self._flights: WeakValueDictionary[str, Future[Any]] = WeakValueDictionary()
 
     # Before a request...
 
@@ -1328,45 +1407,79 @@ class Index:
             return  # redirects and the start page read neither
         project, filename = target_of(request)
         if project:
-            request.listing = self.listing(project, request.started, filename)
+            look: Look[Any] = self.listing(project, request.started, filename)
+            request.listing = look.found
         else:
-            root = self.root(request.started, denies=action == "list")
-            request.catalog = root.found
+            look = self.catalog(request.started, denies=action == "list")
+            request.catalog = look.found
+        if look.stale:
+            request.stale_since = look.began
 
-    def listing(self, project: Project, began: float, filename: str = "") -> Listing:
-        """The listing of a project for a request that began then.
+    def listing(self, project: Project, began: float, name: str = "") -> Look[Listing]:
+        """The look at a project, or a file of it, for a request that began then."""
+        last = self._looks.get(project)
+        if last and _serves(last, began, name):
+            return last
+        take = partial(self._look_once, project, name, began)
+        has = last and _has(last, name)
+        return self._wait(project, take, last if has else None, began)
 
-        Those who wait for the same look share it.
-        """
-        look = self._looks.get(project)
-        if look and _serves(look, began, filename):
-            return look.found
+    def catalog(self, began: float, *, denies: bool = True) -> Look[Catalog]:
+        """The look at the root for a request that began then, and may show it all."""
+        root = self._root
+        if root and is_current(root, began, denies=denies):
+            return root
+        take = partial(self.root, began, denies=denies)
+        return self._wait("", take, root if denies else None, began)
+
+    def _wait(
+        self, key: str, take: Callable[[], Look[T]], last: Look[T] | None, began: float
+    ) -> Look[T]:
+        """Take a look, or serve the last one if that fails or takes long."""
+        gate = self.store.gate
+        patience = gate.patience() if gate else 0.0
+        if not gate or (last and began >= last.began + self._stale_seconds):
+            last = None
+        try:
+            # A change that was made here has to show, if the bucket is well.
+            if gate and last and (gate.slow or is_current(last, 0.0)):
+                with self._lock:
+                    flight = self._flights.get(key)
+                    if not flight or flight.done():
+                        self._flights[key] = flight = self._pool.submit(take)
+                flight.result(patience)
+            with self._slot():
+                return take()
+        except OSError as fault:
+            if gate and patience and isinstance(fault, TimeoutError):
+                gate.slow = True
+            if not last:
+                raise
+            return last._replace(stale=True)
+
+    def _look_once(self, project: Project, name: str, began: float) -> Look[Listing]:
         with self._locks[hash(project) % LOCKS]:
-            look = self._looks.get(project)
-            if look and _serves(look, began, filename):
-                return look.found
-            return self._look(project, began, look)
+            last = self._looks.get(project)
+            if last and _serves(last, began, name):
+                return last
+            return self._look(project, began, last)
 
     def look_again(self, project: Project) -> Listing:
         """List a project now, whatever is known of it."""
-        with self._locks[hash(project) % LOCKS]:
+        with self._slot(), self._locks[hash(project) % LOCKS]:
             last = self._looks.get(project)
             expired = last and last._replace(until=0.0)
-            return self._look(project, time.monotonic(), expired)
+            return self._look(project, time.monotonic(), expired).found
 
-    def _look(self, project: Project, began: float, last: Last) -> Listing:
-        find_root = partial(self._root_for, project, began)
+    def _look(self, project: Project, began: float, last: Last) -> Look[Listing]:
+        find_root: FindRoot = partial(self._root_for, project, began)
         if self._root is None:  # a cold start: both lists of a bucket side by side
-            from concurrent.futures import ThreadPoolExecutor
-
-            with ThreadPoolExecutor(1) as pool:
-                look = self.store.look(project, pool.submit(find_root).result, last)
-        elif project in (root := find_root()).found.places:
-            look = self.store.look(project, lambda: root, last)
-        else:  # the root shows that there is no such project
-            return Listing(project, ())
+            find_root = self._pool.submit(find_root).result
+        elif project not in find_root().found.places:
+            return Look(Listing(project, ()), {}, 0.0, 0.0)
+        look = self.store.look(project, find_root, last)
         self._looks.keep(project, look, 1 + len(look.found.dists))
-        return look.found
+        return look
 
     def _root_for(self, project: Project, began: float) -> Look[Catalog]:
         """The look at the root that the page of a project needs.
@@ -1480,8 +1593,11 @@ class Index:
 
 def _serves(look: Look[Listing], began: float, filename: str) -> bool:
     """May a look serve this request, or deny the file or project that it asks for?"""
-    there = filename in look.found.by_name if filename else look.found.dists
-    return is_current(look, began, denies=not there)
+    return is_current(look, began, denies=not _has(look, filename))
+
+
+def _has(look: Look[Listing], filename: str) -> bool:
+    return filename in look.found.by_name if filename else bool(look.found.dists)
 
 
 def has_bytes(dist: Distribution, sha256: str, source: Path) -> bool:
@@ -1555,6 +1671,8 @@ FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
 
 class Directory:
     """Distributions in a local directory."""
+
+    gate: Gate | None = None
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -1905,13 +2023,15 @@ class Cloud:
         make_folder(self._changes)
         self._cache = FileCache(own, settings.cache_bytes)
         self._sync = settings.sync_seconds
+        self.gate = Gate()
         self._places: Mapping[Project, Place] = {}  # at the last look at the root
 
     # Looking...
 
     def look_at_root(self, last: Look[Catalog] | None) -> Look[Catalog]:
         marks, began = read_marks([self._marker("")]), time.monotonic()
-        objects, prefixes = self.bucket.list(self._prefix, delimiter="/")
+        with self.gate.list_call():
+            objects, prefixes = self.bucket.list(self._prefix, delimiter="/")
         loose: dict[Project, dict[str, Distribution]] = {}
         for dist in self._describe(objects):
             loose.setdefault(dist.project, {})[dist.filename] = dist
@@ -1921,16 +2041,17 @@ class Cloud:
         until, sure = began + ROOT_SECONDS * self._sync, began + self._sync
         catalog = make_catalog(folders, loose)
         self._places = catalog.places
-        return Look(catalog, marks, until, sure)
+        return Look(catalog, marks, until, sure, began=began)
 
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         marks, began = read_marks([self._marker(project)]), time.monotonic()
-        objects, _ = self.bucket.list(f"{self._prefix}{project}/")
+        with self.gate.list_call():
+            objects, _ = self.bucket.list(f"{self._prefix}{project}/")
         loose = find_root().found.places.get(project, Place()).loose
         dists = {name: dist for name, dist in loose.items() if dist}
         dists |= {d.filename: d for d in self._describe(objects, project, last)}
         listing = relist(project, dists.values(), last)
-        return Look(listing, marks, began + self._sync, began)
+        return Look(listing, marks, began + self._sync, began, began=began)
 
     def _describe(
         self, objects: Iterable[Object], project: str = "", last: Last = None
@@ -1958,7 +2079,8 @@ class Cloud:
                 )
 
     def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
-        return self._describe(self.bucket.list(self._prefix)[0])
+        with self.gate.slot(), self.gate.list_call():
+            return self._describe(self.bucket.list(self._prefix)[0])
 
     def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
         for dist in self.iter_dists(catalog):
@@ -1982,7 +2104,8 @@ class Cloud:
 
     def _read(self, dist: Distribution, *span: int) -> Iterator[bytes]:
         places = dict(zip(("start", "stop"), span, strict=False))
-        return self.bucket.read(dist.path, generation=dist.state[0], **places)
+        with self.gate.slot():
+            return self.bucket.read(dist.path, generation=dist.state[0], **places)
 
     def _learn(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass on an object that was copied in by hand, and store its facts with it."""
@@ -2015,7 +2138,7 @@ class Cloud:
         match = old.state[0] if old and not old.loose else 0
         values, insert = object_metadata(new.facts, new.uploader), self.bucket.insert
         try:
-            with open(new.source, "rb") as file:
+            with open(new.source, "rb") as file, self.gate.slot():
                 item = insert(name, file, metadata=values, if_generation=match)
         finally:  # after a failure, too: it may have been stored
             self._touch(new.project, root=new.project not in self._places)
@@ -2026,7 +2149,8 @@ class Cloud:
 
     def delete(self, dist: Distribution) -> None:
         try:
-            self.bucket.delete(dist.path, generation=dist.state[0])
+            with self.gate.slot():
+                self.bucket.delete(dist.path, generation=dist.state[0])
         finally:
             self._touch(dist.project, root=True)
 
@@ -3076,7 +3200,8 @@ def search(app: App, request: Request) -> Response:
 Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # answered with 507, any other OSError with 503
+NOT_NOW = HTTPError(503, "The store does not answer now. Try again.", Retry_After="5")
+NO_ROOM = HTTPError(507, "The server has no room left for this.", Retry_After="60")
 MAX_PATH = 1024  # letters; the longest useful path has two names of 215
 
 
@@ -3192,12 +3317,14 @@ class App:
         try:
             response = self._respond(request)
         except HTTPError as refusal:
-            response = self._refuse(request, refusal)
+            # What is missing in an old listing may be there by now.
+            unsure = refusal.status == 404 and request.stale_since is not None
+            response = self._refuse(request, NOT_NOW if unsure else refusal)
         except OSError as fault:
-            self._log(logging.ERROR, request, f"the store failed: {fault}")
-            why = "The store cannot be read or written now. Try again."
-            status = 507 if fault.errno in NO_ROOM else 503
-            response = self._refuse(request, HTTPError(status, why, Retry_After="5"))
+            if not isinstance(fault, Away):
+                self._log(logging.ERROR, request, f"the store failed: {fault}")
+            full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+            response = self._refuse(request, NO_ROOM if full else NOT_NOW)
         except Exception:
             self._log(logging.ERROR, request, "fault", exc_info=True)
             why = "The server failed; its log says why."
@@ -3228,6 +3355,10 @@ class App:
             response = after(request, response) or response
         for change in response.changes:
             self._log(logging.INFO, request, _in_words(change))
+        if request.stale_since is not None:  # RFC 7234, 5.5
+            age = f"{time.monotonic() - request.stale_since:.0f}"
+            stale = ("Age", age), ("Warning", '110 - "Response is Stale"')
+            response = replace(response, headers=response.headers + stale)
         return response
 
     def _authorize(self, request: Request) -> None:
@@ -3315,12 +3446,20 @@ def get_app(
     if checked.remote and not checked.bucket_name:
         log.info("REMOTE_PACKAGE_DIRECTORY is served, as no BUCKET_NAME is set")
     log.info("pypi_ae %s serves %s", __version__, place_of(checked))
-    app = App(checked, Index(store), who)
-    if not checked.bucket_name:  # a directory that cannot be read is noticed now
-        app.index.root(time.monotonic())
+    app = App(checked, Index(store, checked.stale_seconds), who)
+    look_at_start(app.index)
     if checked.root.exists() and not os.access(checked.root, os.W_OK):
         log.warning("%s cannot be written: uploads will fail", checked.root)
     return app
+
+
+def look_at_start(index: Index) -> None:
+    """Look at the root, so that the log says at once if it cannot be read."""
+    if not index.store.gate:
+        index.root(time.monotonic())
+        return
+    look = ThreadPoolExecutor(1).submit(index.root, time.monotonic())
+    os.register_at_fork(before=look.exception)  # a child would wait for its locks
 
 
 def place_of(settings: Settings) -> str:
