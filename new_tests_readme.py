@@ -114,14 +114,14 @@ def test_every_command_of_the_readme_is_run() -> None:
     others = [line for line in COMMANDS if line not in run]
     assert [line for line in others if not line.startswith(tuple(NOT_RUN))] == []
     assert all(any(map(str.startswith, others, [it] * len(others))) for it in NOT_RUN)
-    ci = MODULE.with_name(".ci").joinpath("run").read_text("utf-8")
+    ci = (MODULE.parent / ".ci/run").read_text("utf-8")
     assert "grep -m1 '^python3 -m venv' README.md" in ci
     assert command("python3 -m venv") in README.splitlines()
 
 
 @pytest.mark.parametrize("script", re.findall(r"^python3 (fuzz/\w+\.py)", README, re.M))
 def test_the_tools_of_developers_are_there(script: str) -> None:
-    text = MODULE.with_name(script).read_text("utf-8")
+    text = (MODULE.parent / script).read_text("utf-8")
     assert f"python {script}" in text.split('"""')[1]
 
 
@@ -246,7 +246,11 @@ INSTALLED = [  # client, when acme is published here, what is installed
 ]
 
 
-@pytest.mark.parametrize(("client", "when", "expected"), INSTALLED)
+@pytest.mark.parametrize(
+    ("client", "when", "expected"),
+    INSTALLED,
+    ids=[" ".join(it[:2]) for it in INSTALLED],
+)
 def test_installing_as_the_readme_says(
     reader: Reader, tmp_path: Path, client: str, when: str, expected: set[str]
 ) -> None:
