@@ -1350,9 +1350,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder, port = tmp_path_factory.mktemp("gcs"), free_port()
+@contextlib.contextmanager
+def emulating(folder: Path) -> Iterator[str]:
+    """The emulator's root URL, while it runs."""
+    port = free_port()
     command = [str(find_binary()), "-scheme", "http", "-host", "127.0.0.1"]
     command += ["-port", str(port), "-log-level", "error"]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder / "root")]
@@ -1361,9 +1362,17 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (folder / "stderr").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
-        assert wait_until(lambda: make_bucket(root)), "the emulator does not start"
+        try:
+            assert wait_until(lambda: make_bucket(root)), "the emulator does not start"
+            yield root
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with emulating(tmp_path_factory.mktemp("gcs")) as root:
         yield root
-        process.terminate()
 
 
 def make_bucket(root: str) -> bool:
@@ -1625,7 +1634,7 @@ def test_module_copied_alone_works_and_its_import_does_nothing(tmp_path: Path) -
 )
 def test_linters_are_clean(tool: str) -> None:
     files = [name for name in os.listdir(MODULE.parent) if name.endswith(".py")]
-    command = [sys.executable, "-m", *tool.split(), *files, "bench"]
+    command = [sys.executable, "-m", *tool.split(), *files, "bench", "fuzz"]
     done = subprocess.run(command, cwd=MODULE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
