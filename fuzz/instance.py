@@ -12,7 +12,7 @@ import pypi_ae
 
 def make() -> pypi_ae.App:
     gcs_rest.BACKOFF, gcs_rest.BACKOFF_MAX = 0.02, 0.2
-    gcs_rest.CONNECT_TIMEOUT = gcs_rest.READ_TIMEOUT = gcs_rest.READ_TIMEOUT_MIN = 1.5
+    gcs_rest.CONNECT_TIMEOUT = gcs_rest.READ_TIMEOUT = gcs_rest.READ_TIMEOUT_MIN = 1.0
     gcs_rest.FINAL_TIMEOUT = 2.0
     gcs_rest.MULTIPART_MAX = 100 << 10  # larger files need a session
     credentials = gcs_rest.find_credentials({"K_SERVICE": "soak"})

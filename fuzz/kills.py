@@ -27,40 +27,19 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_pypi_ae import (
-    FORM_HEADERS,
-    JSON,
-    MODULE,
-    REMOVE,
-    Cloud,
-    Directory,
-    Env,
-    Server,
-    Store,
-    emulating,
-    encode,
-    field,
-    make_metadata,
-    make_sdist,
-    make_zip,
-    new_bucket,
-    running,
-    sha256,
-    url,
-    wait_until,
-)
+import test_pypi_ae as lab
 
 Content = bytes | None  # None: there is no such file
-CLIENTS = 3
-VERSIONS = ("1.0", "2.0")
+CLIENTS, VERSIONS = 3, ("1.0", "2.0")
 LARGE = 9 << 20  # bytes; above 8 MiB, a bucket gets a resumable upload
 SLOWEST = 0.25  # seconds; some dozens of requests, or one large upload and some others
 
@@ -86,27 +65,26 @@ sys.addaudithook(step)
 class Killing:
     """One server that is killed often, and what must and what may be in its store."""
 
-    def __init__(self, server: Server, store: Store, seed: int) -> None:
+    def __init__(self, server: lab.Server, store: lab.Store, seed: int) -> None:
         self.server, self.store, self.seed = server, store, seed
         self.dice = random.Random(seed)
         self.may: dict[str, set[Content]] = {}  # by path: project/filename
         self.yanked: dict[str, bytes] = {}  # the bytes that the owner yanked
-        self.cut_off: list[Callable[[], None]] = []  # to be sent again
-        self.counts: Counter[str] = Counter()
-        self.problems: list[str] = []
+        self.counts, self.problems = Counter[str](), list[str]()
         hook = server.home / "hook"
         hook.mkdir()
         killer = KILLER.format(home=str(server.home))
         (hook / "sitecustomize.py").write_text(killer)
-        server.restart(PYTHONPATH=f"{hook}{os.pathsep}{MODULE.parent}")
+        server.restart(PYTHONPATH=f"{hook}{os.pathsep}{lab.MODULE.parent}")
 
     def kill(self, times: int) -> Counter[str]:
-        for number in range(times):
+        for _ in range(times):
+            self.counts["kills"] += 1
             self.yank()
-            self.work(f"{self.seed}-{number}")
+            cut_off = self.work()
             self.server.restart()
             self.check()
-            for act in self.cut_off:
+            for act in cut_off:
                 act()
             self.check()
         self.sweep()
@@ -124,45 +102,44 @@ class Killing:
         """The owner yanks a file by hand."""
         files = [(path, one) for path, (one,) in self.may.items() if one]
         if not files:
-            return
+            return None
         path, content = self.dice.choice(files)
         self.yanked[path] = content
-        if isinstance(self.store, Directory):
-            self.store.put(f"{path}.yanked", b"bad")
-        else:
-            item = self.store.hand.get(f"packages/{path}")
-            numbers = {"generation": item.generation}
-            numbers["metageneration"] = item.metageneration
-            self.store.hand.patch(item.name, {"yanked": "bad"}, **numbers)
+        if isinstance(self.store, lab.Directory):
+            return self.store.put(f"{path}.yanked", b"bad")
+        item = self.store.hand.get(f"packages/{path}")
+        match = {"generation": item.generation, "metageneration": item.metageneration}
+        self.store.hand.patch(item.name, {"yanked": "bad"}, **match)
+        return None
 
-    def work(self, seed: str) -> None:
+    def work(self) -> list[Callable[[], None]]:
+        """Let the clients work until the kill; return the request that each lost."""
         arm, by_step = self.server.home / "arm", self.dice.random() < 0.6
         if by_step:
             arm.write_text(str(self.dice.randint(1, 60)))
-        self.counts["kills"] += 1
         with ThreadPoolExecutor(CLIENTS) as pool:
-            seeds = [f"{seed}-{number}" for number in range(CLIENTS)]
+            seeds = [self.dice.random() for _ in range(CLIENTS)]
             clients = pool.map(self.send_requests, range(CLIENTS), seeds)
             time.sleep(0 if by_step else self.dice.uniform(0.005, SLOWEST))
             if not by_step:
                 self.server.stop(signal.SIGKILL)
-            self.cut_off = list(clients)
+            cut_off = list(clients)
         arm.unlink(missing_ok=True)
+        return cut_off
 
-    def send_requests(self, number: int, seed: str) -> Callable[[], None]:
+    def send_requests(self, number: int, seed: float) -> Callable[[], None]:
         """One client: send requests until the server is gone; return the last one."""
-        dice = random.Random(seed)
-        while True:
+        dice, ends = random.Random(seed), time.monotonic() + 60
+        while time.monotonic() < ends:
             project, version = f"p{number}{dice.choice('abc')}", dice.choice(VERSIONS)
-            if dice.random() < 0.3:
-                act = partial(self.remove, project, version)
-            else:
-                name, content = make_file(project, version, dice)
-                act = partial(self.upload, project, name, content)
+            act = partial(self.remove, project, version)
+            if dice.random() < 0.7:
+                act = partial(self.upload, project, *make_file(project, version, dice))
             try:
                 act()
             except requests.RequestException:
                 return act
+        raise AssertionError("the server was not killed")
 
     def upload(self, project: str, name: str, content: bytes) -> None:
         path = f"{project}/{name}"
@@ -173,14 +150,15 @@ class Killing:
 
     def remove(self, project: str, version: str) -> None:
         start = f"{project}/{project}-{version}"
-        paths = [path for path in [*self.may] if path.startswith(start)]
-        expected = {200 if self.may[path] != {None} else 404 for path in paths} or {404}
-        self.may |= {path: self.may[path] | {None} for path in paths}
-        form = encode([REMOVE, field("name", project), field("version", version)])
-        answer = self.server.ask("POST", "/", data=form, headers=FORM_HEADERS)
-        assert answer.status_code == min(expected)
-        self.may |= {path: {None} for path in paths}
-        self.counts["removals"] += answer.ok
+        before = {path: may for path, may in [*self.may.items()] if start in path}
+        self.may |= {path: may | {None} for path, may in before.items()}
+        form = [lab.REMOVE, lab.field("name", project), lab.field("version", version)]
+        options = {"data": lab.encode(form), "headers": lab.FORM_HEADERS}
+        status = self.server.ask("POST", "/", **options).status_code
+        there = any(may != {None} for may in before.values())
+        assert status == (200 if there else 404)
+        self.may |= {path: {None} for path in before}
+        self.counts["removals"] += there
 
     # After a start...
 
@@ -188,7 +166,7 @@ class Killing:
         """Compare pages, downloads and the store with what must and may be there."""
         for path in self.may:
             project, name = path.split("/")
-            answer = self.server.ask("GET", url(name, project))
+            answer = self.server.ask("GET", lab.url(name, project))
             assert answer.status_code in (200, 404), f"{name}: {answer.text}"
             content = answer.content if answer.ok else None
             self.expect(content in self.may[path], f"{path} is not what it may be")
@@ -199,30 +177,30 @@ class Killing:
         stored = self.store.all().items()
         files = {n: data for n, data in stored if not n.endswith(".yanked")}
         self.expect(files == there, f"stored: {[*files]}, served: {[*there]}")
-        page = self.server.ask("GET", "/simple/", headers={"Accept": JSON}).json()
-        listed = {project["name"] for project in page["projects"]}
+        page = self.server.ask("GET", "/simple/", headers={"Accept": lab.JSON})
+        listed = {project["name"] for project in page.json()["projects"]}
         projects = {path.split("/")[0] for path in there}
         self.expect(listed == projects, f"/simple/ is wrong in {listed ^ projects}")
         for project in {path.split("/")[0] for path in self.may}:
-            self.check_page(project)
+            self.check_page(project, there)
 
-    def check_page(self, project: str) -> None:
-        page = self.server.ask("GET", f"/simple/{project}/", headers={"Accept": JSON})
-        files = {f["filename"]: f for f in page.json()["files"]} if page.ok else {}
-        paths = {path for path in self.may if path.startswith(f"{project}/")}
-        there = {path.split("/")[1] for path in paths if self.may[path] != {None}}
-        self.expect(files.keys() == there, f"{project}'s page: {[*files]}")
-        for name in there & files.keys():
-            file, path = files[name], f"{project}/{name}"
-            (content,) = self.may[path]
-            right = {"sha256": sha256(content or b"")}
-            self.expect(file["hashes"] == right, f"{path} has another digest")
-            yank = "bad" if path in self.yanked else False
+    def check_page(self, project: str, there: dict[str, bytes]) -> None:
+        options = {"headers": {"Accept": lab.JSON}}
+        page = self.server.ask("GET", f"/simple/{project}/", **options)
+        files = page.json()["files"] if page.ok else []
+        shown = {f"{project}/{file['filename']}": file for file in files}
+        right = {path for path in there if path.startswith(f"{project}/")}
+        self.expect(shown.keys() == right, f"{project}'s page has {[*shown]}")
+        for path in right & shown.keys():
+            file, yank = shown[path], "bad" if path in self.yanked else False
+            digest = {"sha256": lab.sha256(there[path])}
+            self.expect(file["hashes"] == digest, f"{path} has another digest")
             self.expect(file["yanked"] == yank, f"{path} has {yank=}: {file}")
             if "core-metadata" in file:
-                text = self.server.ask("GET", f"{url(name, project)}.metadata").content
-                right = {"sha256": sha256(text)}
-                self.expect(file["core-metadata"] == right, f"{path}: {text!r}")
+                where = lab.url(file["filename"], project) + ".metadata"
+                text = self.server.ask("GET", where).content
+                digest = {"sha256": lab.sha256(text)}
+                self.expect(file["core-metadata"] == digest, f"{path}: {text!r}")
 
     def sweep(self) -> None:
         """Staged files that are old go, with the next upload at the latest."""
@@ -231,19 +209,21 @@ class Killing:
         for path in staged:
             os.utime(path, (1e9, 1e9))
         self.upload("p", *make_file("p", "1.0", self.dice))
-        assert wait_until(lambda: not [*self.server.home.rglob("staging/*")])
+        left = self.server.home.rglob
+        assert lab.wait_until(lambda: not [*left("staging/*")])
 
 
 def make_file(project: str, version: str, dice: random.Random) -> tuple[str, bytes]:
     """A wheel or an sdist with bytes of its own; some are large."""
     if dice.random() < 0.3:
         python = f">=3.{dice.randint(0, 99999)}"
-        return f"{project}-{version}.tar.gz", make_sdist(project, version, python)
+        sdist = lab.make_sdist(project, version, python)
+        return f"{project}-{version}.tar.gz", sdist
     size = LARGE if dice.random() < 0.06 else dice.randint(1, 9999)
-    metadata = make_metadata(project, version)
-    files = {"x": os.urandom(size), f"{project}-{version}.dist-info/METADATA": metadata}
+    info = f"{project}-{version}.dist-info/METADATA"
+    files = {"x": os.urandom(size), info: lab.make_metadata(project, version)}
     name = f"{project}-{version}-py3-none-any.whl"
-    return name, make_zip(files, zipfile.ZIP_STORED)
+    return name, lab.make_zip(files, zipfile.ZIP_STORED)
 
 
 def kill_often(
@@ -252,24 +232,16 @@ def kill_often(
     """Kill a server of a directory or, with the URL of an emulator, of a new bucket."""
     settings = {"OVERWRITE": "yes"}
     if emulator:
-        settings |= {"BUCKET_NAME": new_bucket(emulator), "TIER": "prod"}
+        settings |= {"BUCKET_NAME": lab.new_bucket(emulator), "TIER": "prod"}
         settings |= {"SYNC_SECONDS": "0", "STORAGE_EMULATOR_HOST": emulator}
-    with environment(settings), running(kind, home, **settings) as server:
-        on_disk = Directory(home)
-        on_disk.root = server.root
-        in_cloud = Cloud(home, settings["BUCKET_NAME"], None) if emulator else None
-        return Killing(server, in_cloud or on_disk, seed).kill(kills)
-
-
-@contextlib.contextmanager
-def environment(values: Env) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    store: lab.Store = lab.Directory(home)
+    with patch.dict(os.environ, settings):
+        if emulator:
+            store = lab.Cloud(home, settings["BUCKET_NAME"], None)
+    with lab.running(kind, home, **settings) as server:
+        if isinstance(store, lab.Directory):
+            store.root = server.root
+        return Killing(server, store, seed).kill(kills)
 
 
 def main() -> int:
@@ -277,17 +249,16 @@ def main() -> int:
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(10**6)
     print(f"seed {seed}", flush=True)
     broken = 0
-    with tempfile.TemporaryDirectory() as name, emulating(Path(name)) as emulator:
+    with tempfile.TemporaryDirectory() as name, lab.emulating(Path(name)) as emulator:
         for kind, root in itertools.product(("wsgiref", "gunicorn"), ("", emulator)):
-            home = Path(name, f"{kind}-{len(root)}")
-            print(f"{kind}, {'bucket' if root else 'directory'}: ", end="", flush=True)
+            home, where = Path(name, f"{kind}-{len(root)}"), root or "a directory"
             try:
                 with contextlib.redirect_stdout(io.StringIO()):  # the server's log
                     done = kill_often(kind, home, kills // 4, seed, root)
-                print(dict(done), flush=True)
+                print(f"{kind}, {where}: {dict(done)}", flush=True)
             except AssertionError as problem:
                 broken += 1
-                print(f"broken:\n{problem}", flush=True)
+                print(f"{kind}, {where}: broken:\n{problem}", flush=True)
     return broken
 
 
