@@ -367,7 +367,9 @@ def soak(
             left = folder.rglob
             assert lab.wait_until(lambda: not [*left("staging/*")]), "staged files"
         bucket.shutdown()
-        return samples, sum((c.counts for c in clients), bucket.counts)
+        counts = sum((client.counts for client in clients), bucket.counts)
+        assert not counts["no answer"], f"connections closed unanswered: {counts}"
+        return samples, counts
 
 
 def run(clients: list[Client], operations: int) -> None:
