@@ -9,7 +9,8 @@ random step in the file system or on the wire to the bucket. After each start:
 
 - what was answered is as it was answered: whole, with the digest sent, or gone;
 - what was not answered is done as a whole, file by file, or not at all;
-- nothing else shows: no file, no project, no yank of bytes that are gone;
+- nothing else shows: no file, no project, no yank of bytes that are gone; but a yank
+  is a file of its own, so a replacement that was cut off may have taken it away;
 - the request that was cut off, sent again, is done;
 - staged files of killed processes go with the next upload, when they are old enough.
 """
@@ -70,6 +71,7 @@ class Killing:
         self.dice = random.Random(seed)
         self.may: dict[str, set[Content]] = {}  # by path: project/filename
         self.yanked: dict[str, bytes] = {}  # the bytes that the owner yanked
+        self.unsure: set[str] = set()  # paths of uploads without an answer
         self.counts, self.problems = Counter[str](), list[str]()
         hook = server.home / "hook"
         hook.mkdir()
@@ -144,8 +146,10 @@ class Killing:
     def upload(self, project: str, name: str, content: bytes) -> None:
         path = f"{project}/{name}"
         self.may[path] = self.may.get(path, {None}) | {content}
+        self.unsure.add(path)
         assert self.server.upload(name, content).status_code == 200
         self.may[path] = {content}
+        self.unsure.discard(path)
         self.counts["uploads"] += 1
 
     def remove(self, project: str, version: str) -> None:
@@ -192,7 +196,10 @@ class Killing:
         right = {path for path in there if path.startswith(f"{project}/")}
         self.expect(shown.keys() == right, f"{project}'s page has {[*shown]}")
         for path in right & shown.keys():
-            file, yank = shown[path], "bad" if path in self.yanked else False
+            file = shown[path]
+            if path in self.unsure and not file["yanked"]:
+                self.yanked.pop(path, None)
+            yank = "bad" if path in self.yanked else False
             digest = {"sha256": lab.sha256(there[path])}
             self.expect(file["hashes"] == digest, f"{path} has another digest")
             self.expect(file["yanked"] == yank, f"{path} has {yank=}: {file}")
