@@ -10,7 +10,7 @@ random step in the file system or on the wire to the bucket. After each start:
 - what was answered is as it was answered: whole, with the digest sent, or gone;
 - what was not answered is done as a whole, file by file, or not at all;
 - nothing else shows: no file, no project, no yank of bytes that are gone; but a yank
-  is a file of its own, so a replacement that was cut off may have taken it away;
+  is a file of its own, and what was cut off may have taken it away;
 - the request that was cut off, sent again, is done;
 - staged files of killed processes go with the next upload, when they are old enough.
 """
@@ -71,7 +71,7 @@ class Killing:
         self.dice = random.Random(seed)
         self.may: dict[str, set[Content]] = {}  # by path: project/filename
         self.yanked: dict[str, bytes] = {}  # the bytes that the owner yanked
-        self.unsure: set[str] = set()  # paths of uploads without an answer
+        self.unsure: set[str] = set()  # files whose last change has no answer
         self.counts, self.problems = Counter[str](), list[str]()
         hook = server.home / "hook"
         hook.mkdir()
@@ -156,12 +156,14 @@ class Killing:
         start = f"{project}/{project}-{version}"
         before = {path: may for path, may in [*self.may.items()] if start in path}
         self.may |= {path: may | {None} for path, may in before.items()}
+        self.unsure |= before.keys()
         form = [lab.REMOVE, lab.field("name", project), lab.field("version", version)]
         options = {"data": lab.encode(form), "headers": lab.FORM_HEADERS}
         status = self.server.ask("POST", "/", **options).status_code
         there = any(may != {None} for may in before.values())
         assert status == (200 if there else 404)
         self.may |= {path: {None} for path in before}
+        self.unsure -= before.keys()
         self.counts["removals"] += there
 
     # After a start...
