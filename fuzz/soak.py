@@ -306,29 +306,28 @@ class Client:
 
     def check(self) -> None:
         """When the wire is good again, both instances and the bucket agree."""
-        for key, look in itertools.product(self.keys * 4, (self.page, self.download)):
+        for key, look in itertools.product(self.keys * 2, (self.page, self.download)):
             look(key)  # at either instance, at random
         for key, (digest,) in self.may.items():
             kept = self.bucket.google.kept.get(key.url.replace("/", "", 1))
             assert digest == (lab.sha256(kept.data) if kept else ""), f"{key}: bucket"
 
 
-class Sample(NamedTuple):
-    """What both instances take after so many operations."""
-
-    operations: int
-    seconds: float
-    memory: list[int]  # MB of resident memory; gunicorn's first process has some 25
-    descriptors: list[int]
-
-
-def measure(servers: list[lab.Server], operations: int, began: float) -> Sample:
+def measure(servers: list[lab.Server]) -> list[int]:
+    """MB and descriptors of each instance; gunicorn's first process has some 25 MB."""
     memory = [server.memory("VmRSS") for server in servers]
     folders = [[f"/proc/{pid}/fd" for pid in server.pids()] for server in servers]
-    descriptors = [sum(len(os.listdir(f)) for f in each) for each in folders]
-    sample = Sample(operations, time.monotonic() - began, memory, descriptors)
-    print(f"{operations:6}  {sample[1]:5.0f} s  {memory} MB  {descriptors}", flush=True)
-    return sample
+    return memory + [sum(len(os.listdir(f)) for f in each) for each in folders]
+
+
+def has_grown(samples: list[list[int]]) -> bool:
+    """Did a number grow by more than 16 in the second half of the operations?
+
+    Buffers of 1 MiB come and go in each of 8 threads, and so do connections.
+    """
+    half = len(samples) // 2
+    columns = zip(*samples, strict=True)
+    return any(max(each[half:]) - max(each[:half]) > 16 for each in columns)
 
 
 @contextlib.contextmanager
@@ -348,7 +347,7 @@ def instances(folder: Path, bucket: Bucket) -> Any:
 
 def soak(
     folder: Path, operations: int, seed: int, steps: int
-) -> tuple[list[Sample], Counter[str]]:
+) -> tuple[list[list[int]], Counter[str]]:
     """Send so many operations; return what was measured between, and what came.
 
     Raises AssertionError for a broken promise.
@@ -357,13 +356,14 @@ def soak(
         threading.Thread(target=bucket.serve_forever, daemon=True).start()
         with instances(folder, bucket) as servers:
             clients = [Client(number, servers, bucket) for number in range(CLIENTS)]
-            began, samples = time.monotonic(), list[Sample]()
+            samples = list[list[int]]()
             for step in range(1, steps + 1):
                 run(clients, operations // steps)
-                samples.append(measure(servers, step * operations // steps, began))
+                samples.append(measure(servers))
+                print(step * operations // steps, *samples[-1], sep="\t", flush=True)
             bucket.share = 0
-            for client in clients:
-                client.check()
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                list(pool.map(Client.check, clients))
             left = folder.rglob
             assert lab.wait_until(lambda: not [*left("staging/*")]), "staged files"
         bucket.shutdown()
@@ -383,23 +383,10 @@ def run(clients: list[Client], operations: int) -> None:
         list(pool.map(work, clients))
 
 
-def has_grown(samples: list[Sample]) -> bool:
-    """Did an instance take more in the second half of the operations?
-
-    Buffers of 1 MiB come and go in each of its 8 threads, as do its connections.
-    """
-    half = len(samples) // 2
-    for kind, most in (("memory", 16), ("descriptors", 16)):
-        pairs = zip(*(getattr(sample, kind) for sample in samples), strict=True)
-        if any(max(each[half:]) - max(each[:half]) > most for each in pairs):
-            return True
-    return False
-
-
 def main() -> int:
     operations = int(sys.argv[1]) if len(sys.argv) > 1 else 5_000
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(10**6)
-    print(f"seed {seed}; operations, MB and descriptors of each instance:", flush=True)
+    print(f"seed {seed}\noperations\tMB\tMB\tdescriptors", flush=True)
     with tempfile.TemporaryDirectory() as name:
         samples, counts = soak(Path(name), operations, seed, max(2, operations // 500))
     print(dict(counts))
