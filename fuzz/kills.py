@@ -72,7 +72,7 @@ class Killing:
         self.may: dict[str, set[Content]] = {}  # by path: project/filename
         self.yanked: dict[str, bytes] = {}  # the bytes that the owner yanked
         self.unsure: set[str] = set()  # files whose last change has no answer
-        self.counts, self.problems = Counter[str](), list[str]()
+        self.counts, self.problems = Counter[str](), dict[str, int]()
         hook = server.home / "hook"
         hook.mkdir()
         killer = KILLER.format(home=str(server.home))
@@ -91,12 +91,13 @@ class Killing:
             self.check()
         self.sweep()
         self.expect("Traceback" not in self.server.log(), "the log has a traceback")
-        assert not self.problems, "\n".join(self.problems)
+        lines = [f"kill {number}: {text}" for text, number in self.problems.items()]
+        assert not lines, "\n".join(lines)
         return self.counts
 
     def expect(self, holds: bool, problem: str) -> None:
         if not holds:
-            self.problems.append(f"kill {self.counts['kills']}: {problem}")
+            self.problems.setdefault(problem, self.counts["kills"])
 
     # One kill...
 
