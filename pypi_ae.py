@@ -1427,7 +1427,8 @@ class Directory:
         for entry in os.scandir(self.root):
             with contextlib.suppress(OSError):  # a loop of links, say
                 if entry.is_dir():
-                    if project := to_project(entry.name):
+                    project = to_project(entry.name)
+                    if project and not _is_left_empty(entry.path):
                         folders[project] = (*folders.get(project, ()), entry.name)
                 elif parsed := parse_filename(distribution_of(entry.name)):
                     loose.setdefault(parsed.project, {})[entry.name] = None
@@ -1532,6 +1533,8 @@ class Directory:
             if os.path.exists(f"{folder}/{new.filename}"):
                 raise FileExistsError(f"{folder} has {new.filename}")
         key = (new.filename, *(file_state(new.source) or ()))
+        if old:  # its yank goes first: after a crash it must not be that of new bytes
+            Path(f"{old.path}.yanked").unlink(missing_ok=True)
         try:
             place_file(new.source, Path(target), overwrite=replaced == target)
         except OSError:
@@ -1542,12 +1545,10 @@ class Directory:
         if old and replaced != target:
             with contextlib.suppress(FileNotFoundError):  # it went at this moment
                 self.delete(old)
-        elif old:  # its yank was one of the old bytes
-            Path(f"{target}.yanked").unlink(missing_ok=True)
 
     def delete(self, dist: Distribution) -> None:
+        Path(f"{dist.path}.yanked").unlink(missing_ok=True)  # first, as in `create`
         os.unlink(dist.path)
-        Path(f"{dist.path}.yanked").unlink(missing_ok=True)
         if not dist.loose:
             with contextlib.suppress(OSError):  # it is not empty
                 os.rmdir(os.path.dirname(dist.path))
@@ -1598,6 +1599,15 @@ class FactsFiles:
 
 def _base(path: str) -> str:
     return path.rpartition("/")[2]
+
+
+def _is_left_empty(folder: str) -> bool:
+    """Remove a project's folder that a crash left empty; False if it has files."""
+    try:
+        os.rmdir(folder)
+    except OSError:
+        return False
+    return True
 
 
 def _states_of(paths: Iterable[str]) -> dict[str, State]:

