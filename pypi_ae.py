@@ -1664,6 +1664,7 @@ def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
 LOOK_SHARE = 0.1  # at most 10 % of the time is spent on scanning
 LOOK_MOST = 30.0  # seconds; a look may be slow for other reasons, or miss a change
+ABANDONED_SECONDS = 86_400  # a clock seldom jumps so far, and no upload takes so long
 RUN = os.urandom(4).hex()  # another process may get the number of this one later
 
 FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
@@ -1964,8 +1965,9 @@ def open_staged(folder: Path) -> BinaryIO:
     """Open a new file for an upload; remove files whose process is gone."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder):
-        if _is_abandoned(*entry.name.split("-")[:2]):
-            with contextlib.suppress(FileNotFoundError):  # another worker removed it
+        with contextlib.suppress(FileNotFoundError):  # another worker removed it
+            old = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
+            if old or _is_abandoned(*entry.name.split("-")[:2]):
                 os.unlink(entry.path)
     name = f"{os.getpid()}-{RUN}-{os.urandom(8).hex()}"
     return open(folder / name, "xb")

@@ -3617,9 +3617,10 @@ def test_abandoned_uploads_are_swept_out(client: Client) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     own, names = f"{os.getpid()}-{pypi_ae.RUN}-x", [f"{os.getppid()}-ab-y", "old"]
-    for name in (own, *names, f"{gone.pid}-ab-z", f"{os.getpid()}-ab-x"):
+    for name in (own, own[:-1] + "z", *names, f"{gone.pid}-ab-z", f"{os.getpid()}-b-x"):
         (staging / name).write_bytes(b"half")
-        os.utime(staging / name, (0, 0))  # a clock that jumps means nothing
+        age = 100_000 if name == own[:-1] + "z" else 40_000  # a clock may jump
+        os.utime(staging / name, (time.time() - age,) * 2)
     assert client.upload(WHEEL, make_wheel()).status == 200
     assert sorted(client.staged) == sorted([own, names[0]])
 
@@ -6611,6 +6612,59 @@ def test_gunicorn_answers_while_the_bucket_hangs(
             errors = re.findall(r"ERROR.*", server.log())
             assert len(errors) == 1, errors
             assert "gs://b/packages/" in errors[0]
+
+
+# ---- Servers: kills, a bad wire, and memory ------------------------------------------
+# fuzz/kills.py and fuzz/soak.py are the long runs of the first two.
+
+
+@pytest.fixture
+def scripts(monkeypatch: Patch) -> None:
+    """Lets a test import the scripts in fuzz/."""
+    monkeypatch.syspath_prepend(MODULE.parent / "fuzz")
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("kind", ["wsgiref", "gunicorn"])
+def test_killed_at_random_it_keeps_its_promise(
+    tmp_path: Path, emulator: str, kind: str
+) -> None:
+    """10 times a directory, 10 times a bucket; `fuzz/kills.py 200` is the long run."""
+    from kills import kill_often
+
+    place = "" if kind == "wsgiref" else emulator
+    print(kill_often(kind, tmp_path / kind, 10, 1, place))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_two_instances_on_a_bad_wire_agree_with_a_model(tmp_path: Path) -> None:
+    """300 operations; `fuzz/soak.py 5000` is the long run, and measures memory."""
+    from soak import soak
+
+    counts = soak(tmp_path, 300, 1, 1)[1]
+    assert counts["200"] > 50
+    assert counts["faults"] > 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read in Linux's /proc")
+def test_memory_of_password_checks_is_not_kept_by_each_thread(start: Start) -> None:
+    """A check takes 16 MiB, which glibc would keep for each thread that made one."""
+    server = start("server")
+    logins = [f"user{number}:secret{number}" for number in range(16)]
+    for login in logins:
+        add_user(server.home, *login.split(":"))
+
+    def send(login: str) -> int:
+        headers = FORM_HEADERS | {"Authorization": basic(login)}
+        return server.ask("POST", "/", data=b"--b0--\r\n", headers=headers).status_code
+
+    for _ in range(8):
+        assert server.ask("POST", "/", data=b"", headers={}).status_code == 401
+    before = server.memory("VmRSS")
+    for _ in range(3):  # 2 workers with 4 threads; most check a password
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(send, logins)) == {400}
+    assert server.memory("VmRSS") - before < 64
 
 
 # ---- Clients: publish and install ----------------------------------------------------
