@@ -155,7 +155,7 @@ def check_form(data: bytes) -> None:
     """
     step, body = data[:1], data[1:]
     steps = (len(body) or 1, 1 + sum(step) % 80, 1)
-    with smaller_limits(MAX_PART_HEADERS=100, MAX_FIELDS=8, MAX_FIELD=60, MAX_FORM=200):
+    with smaller_limits(MAX_PART_HEADERS=100, MAX_FIELDS=8, MAX_FORM=200):
         readings = [read_parts(body, size) for size in steps]
         assert readings == readings[:1] * 3, readings
         answers = [post_form(body, size) for size in steps]
@@ -206,7 +206,24 @@ def post_form(body: bytes, step: int) -> Answer:
 
 def check_filename(data: bytes) -> None:
     """A name that is taken is safe to join, and agrees with its project and version."""
-    name, _, hint = as_text(data).partition("\n")
+    for text in (as_text(data), as_names(data)):
+        name, _, hint = text.partition("\n")
+        check_name(name, hint)
+
+
+NAMES = """
+    - - - . _ + ! 0 1 9 10 a b c r v acme Beta post dev rc alpha preview rev py3 none
+    .tar.gz .zip .whl .egg .tgz .tar -py3-none-any.whl -1.0 .metadata .yanked .dev1 rc1
+"""
+
+
+def as_names(data: bytes) -> str:
+    """Each byte stands for a piece of a name; so most names are nearly right."""
+    pieces = [*NAMES.split(), "\n"]
+    return "".join(pieces[byte % len(pieces)] for byte in data)
+
+
+def check_name(name: str, hint: str) -> None:
     for project in ("", pypi_ae.normalize(hint)):
         parsed = pypi_ae.parse_filename(name, project)
         if not parsed:
@@ -217,12 +234,15 @@ def check_filename(data: bytes) -> None:
         assert pypi_ae.normalize(name).startswith(parsed.project)
         assert parsed.version
         assert parsed.version in name
-        if not project and find_spec("packaging") and name.count("-") != 3:
+        if not project and PACKAGING and name.count("-") != 3:
             compare_with_packaging(parsed)
     assert pypi_ae.distribution_of(name) in (name, *map(name.removesuffix, SIDECARS))
 
 
 SIDECARS = (".metadata", ".yanked")
+
+
+PACKAGING = find_spec("packaging") is not None
 
 
 def compare_with_packaging(parsed: pypi_ae.Parsed) -> None:
@@ -245,7 +265,11 @@ def compare_with_packaging(parsed: pypi_ae.Parsed) -> None:
 
 def check_version(data: bytes) -> None:
     """The order is total, and that of PEP 440."""
-    versions = as_text(data).split("\n")[:4]
+    check_order(as_text(data).split("\n")[:4])
+    check_order(as_names(data).split("\n")[:4])
+
+
+def check_order(versions: Sequence[str]) -> None:
     keys = [pypi_ae.version_key(version) for version in versions]
     for one, other in itertools.product(keys, keys):
         assert (one < other) + (one == other) + (one > other) == 1
@@ -254,9 +278,8 @@ def check_version(data: bytes) -> None:
     orders = {tuple(sorted(order)) for order in itertools.permutations(keys)}
     assert len(orders) == 1, orders
     assert all(not k[0] for v, k in zip(versions, keys, strict=True) if len(v) > 200)
-    if find_spec("packaging"):
-        short = [v for v in versions if len(v) <= 200 and v.isascii()]
-        compare_order(short)
+    if PACKAGING:
+        compare_order([v for v in versions if len(v) <= 200 and v.isascii()])
 
 
 def compare_order(versions: Sequence[str]) -> None:
@@ -468,6 +491,9 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
 }
 
 
+LENGTHS = {"filename": 150, "version": 150}  # bytes; longer names are all refused
+
+
 def make_form(*parts: tuple[str, str | None, bytes]) -> bytes:
     return b"".join(map(encode_part, parts)) + b"--b0--\r\n"
 
@@ -545,6 +571,14 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
         f"o\nHEAD\n{FILE}.metadata\n\nRange: bytes=1-\n\n".encode(),
     ),
 }
+WORDS = """
+    --b0 ; name= filename= form-data Content-Disposition: Content-Transfer-Encoding:
+    boundary= :action file_upload remove_pkg content version name .whl .tar.gz .zip .egg
+    -py3-none-any .metadata .yanked -1.0 dev post rc .dev -1 +local 1! bytes= q=0 */* ,
+    text/html gzip W/ PK path= size= GNU.sparse. Name: Version: Requires-Python:
+    {SHA} $apr1$ $5$rounds= $6$ $2b$12$ $scrypt$ln= GET POST /simple/ /packages/ /pypi/
+    /json /RPC2 Authorization:Basic Range: Accept: X-Forwarded-Host: .. / // %2e
+"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -563,7 +597,14 @@ def main(arguments: Sequence[str]) -> int:
     for number, seed in enumerate(SEEDS[name]):
         (folder / f"seed{number}").write_bytes(seed)
     bounds = [f"-max_total_time={what}", "-timeout=30", "-rss_limit_mb=2048"]
-    bounds += ["-max_len=8192", f"-artifact_prefix={folder.parent}/{name}-"]
+    (folder.parent / "words").write_text(
+        "".join(f'"{word}"\n' for word in WORDS.split())
+    )
+    bounds += [
+        f"-dict={folder.parent / 'words'}",
+        f"-max_len={LENGTHS.get(name, 8192)}",
+        f"-artifact_prefix={folder.parent}/{name}-",
+    ]
     atheris.Setup(["fuzz.py", *bounds, str(folder)], HARNESSES[name])
     atheris.Fuzz()
     return 0
