@@ -564,7 +564,7 @@ NAMES = [
         "acme-2.0.exe", "acme-2.0.tar.bz2", "acme-2.0-py3.8.egg", "acme-2.0.tar.gz.asc",
         "acme-2.0.tar.gz.yanked", f"{NEW}.metadata", "acme-two.tar.gz", "acme-1..0.tar.gz",
         "acme 2.0.tar.gz", "acme-2.0.tar.gz\0.whl", "acm\u00e9-2.0.tar.gz", "a" * 300 + "-1.0.zip",
-        "acme-" + "9" * 190 + ".tar.gz.", "a-" * 100 + "1.zip", "<script>-1.0.zip", "%2e%2e-1.0.zip",
+        "acme-" + "9" * 190 + ".tar.gz.", "<script>-1.0.zip", "%2e%2e-1.0.zip",
         "acme-1.0-py3-none-any.WHL", "_acme-1.0.zip", "acme-2.0.tar.gz ", "acme--2.0-.zip",
     )
 ]  # fmt: skip
