@@ -435,9 +435,9 @@ def check_htpasswd(data: bytes) -> None:
         users = pypi_ae.Users(file)
     except pypi_ae.SettingsError as refusal:
         lines = [line.partition(":") for line in as_text(data).splitlines()]
-        users = "".join(user for user, _, _ in lines)
+        names = "".join(user for user, _, _ in lines)
         for word in (word for _, _, hashed in lines for word in hashed.split("$")):
-            secret = len(word.strip()) > 10 and word.strip() not in users
+            secret = len(word.strip()) > 10 and word.strip() not in names
             expect(not (secret and word.strip() in str(refusal)), str(refusal))
         return
     for user, check in users.logins().checks.items():

@@ -896,18 +896,22 @@ def list_all_files(server: Server) -> Effect:
         (folder := server.root / f"p{project}").mkdir()
         for version in range(100):
             (folder / f"p{project}-{version}.tar.gz").touch()
-    send(server.port, get("/packages/"))
-    began = time.monotonic()
-    times(server, get("/packages/"), 10, at_once=1)
-    files = (time.monotonic() - began) / 10
     body = b"<methodCall><methodName>search</methodName><params><param><value><struct>"
     body += b"<member><name>name</name><value><string>p199</string></value></member>"
     body += b"</struct></value></param></params></methodCall>"
-    began = time.monotonic()
-    statuses = times(server, rpc(body), 10, at_once=1)
-    search = (time.monotonic() - began) / 10
+    files, search = least(server, get("/packages/")), least(server, rpc(body))
     text = f"/packages/ {files * 1000:.0f} ms, a search {search * 1000:.0f} ms each"
-    return f"{text}; {set(statuses)}", files < 0.1 * FACTOR and search < 0.1 * FACTOR
+    return text, max(files, search) < 0.03 * FACTOR
+
+
+def least(server: Server, data: bytes) -> float:
+    """The least seconds of ten requests, as other work makes some slower."""
+    seconds = []
+    for _ in range(10):
+        began = time.monotonic()
+        assert send(server.port, data)[0] == 200
+        seconds.append(time.monotonic() - began)
+    return min(seconds)
 
 
 def stage_bad_name(server: Server) -> Effect:
