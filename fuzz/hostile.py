@@ -759,7 +759,7 @@ def try_row(server: Server, case: Row) -> Result:
     sentence = body.decode("utf-8", "replace")
     checks = {
         f"status {status}, not {case.statuses}": status in case.statuses,
-        f"no word {case.word!r}": case.word in sentence.lower(),
+        f"no {case.word!r} in {sentence[:150]!r}": case.word in sentence.lower(),
         f"a sentence of {len(body)} bytes": status == 200 or len(body) < 4000,
         f"{seconds:.1f} s, not {bound:.1f}": seconds < bound,
         f"another client waited {waited:.1f} s": waited < bound,
