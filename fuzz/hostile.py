@@ -973,9 +973,16 @@ class PlayedBucket(BaseHTTPRequestHandler):
 
 def list_bucket(path: Path) -> Iterator[tuple[str, str, bool]]:
     """Unknown names, /packages/ and searches, and how often each lists the bucket."""
-    bucket = ThreadingHTTPServer(("127.0.0.1", 0), PlayedBucket)
-    threading.Thread(target=bucket.serve_forever, daemon=True).start()
-    host = f"http://127.0.0.1:{bucket.server_port}"
+    with contextlib.ExitStack() as stack:
+        bucket = ThreadingHTTPServer(("127.0.0.1", 0), PlayedBucket)
+        stack.callback(bucket.server_close)
+        threading.Thread(target=bucket.serve_forever, daemon=True).start()
+        stack.callback(bucket.shutdown)
+        host = f"http://127.0.0.1:{bucket.server_port}"
+        yield from ask_bucket(path, host)
+
+
+def ask_bucket(path: Path, host: str) -> Iterator[tuple[str, str, bool]]:
     names = (get(f"/simple/nobody{number}/") for number in range(500))
     body = b"<methodCall><methodName>search</methodName><params><param><value><struct/>"
     body += b"</value></param></params></methodCall>"
@@ -993,7 +1000,6 @@ def list_bucket(path: Path) -> Iterator[tuple[str, str, bool]]:
             statuses = {status for status, _ in answers}
             text = f"{lists} lists in {seconds:.1f} s; {statuses}"
             yield f"a bucket: {name}", text, lists <= 4 + 2 * seconds
-    bucket.shutdown()
 
 
 FLOODS: dict[str, Callable[[Server], Effect]] = {
