@@ -28,6 +28,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from wsgiref.util import setup_testing_defaults
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
@@ -104,10 +105,10 @@ def ask(
     step: int = 1 << 20,
 ) -> Answer:
     """Send one request, and check what holds for every answer."""
-    environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path}
-    environ |= {"SERVER_NAME": "localhost", "SERVER_PORT": "80", "SCRIPT_NAME": ""}
-    environ |= {"wsgi.url_scheme": "http", "wsgi.input": Pieces(body, step)}
-    environ |= {"REMOTE_ADDR": "192.0.2.7", **more}
+    environ: dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path, **more}
+    environ |= {"wsgi.input": Pieces(body, step)}
+    environ.setdefault("REMOTE_ADDR", "192.0.2.7")
+    setup_testing_defaults(environ)
     started: list[tuple[str, list[tuple[str, str]]]] = []
     result: Any = app(environ, lambda *parts: started.append(parts))  # type: ignore
     content = b"".join(result)
