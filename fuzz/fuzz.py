@@ -159,8 +159,8 @@ def check_form(data: bytes) -> None:
     with smaller_limits(MAX_PART_HEADERS=100, MAX_FIELDS=8, MAX_FORM=200):
         readings = [read_parts(body, size) for size in steps]
         assert readings == readings[:1] * 3, readings
-        answers = [post_form(body, size) for size in steps]
-        assert answers == answers[:1] * 3, answers
+        answers = [post_form(body, size) for size in steps[:2]]
+        assert answers[0] == answers[1], answers
     parts = readings[0]
     if parts and isinstance(parts[0], tuple) and is_simple(parts):
         again = b"".join(map(encode_part, parts)) + b"--b0--\r\n"
@@ -493,7 +493,8 @@ HARNESSES: dict[str, Callable[[bytes], None]] = {
 }
 
 
-LENGTHS = {"filename": 150, "version": 150}  # bytes; longer names are all refused
+# Bytes. Longer names are all refused; longer forms take long, byte by byte.
+LENGTHS = {"filename": 150, "version": 150, "form": 1200}
 
 
 def make_form(*parts: tuple[str, str | None, bytes]) -> bytes:
