@@ -19,6 +19,7 @@ import io
 import itertools
 import logging
 import re
+import shutil
 import string
 import sys
 import tempfile
@@ -91,9 +92,16 @@ def make_app(*, open_to_all: bool = True) -> pypi_ae.App:
     actions = "." if open_to_all else "list,download,update"
     users = {"ci": "{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g="}  # the password is "password"
     app = pypi_ae.get_app(root=root, users=users, authenticate=actions)
-    (folder := Path(root, "acme")).mkdir()
-    (folder / WHEEL).write_bytes(make_wheel())
+    restock(app)
     return app
+
+
+def restock(app: pypi_ae.App) -> None:
+    """Let the root have one wheel, and nothing else."""
+    for folder in app.settings.root.glob("[!.]*"):
+        shutil.rmtree(folder)
+    (folder := app.settings.root / "acme").mkdir()
+    (folder / WHEEL).write_bytes(make_wheel())
 
 
 def ask(
@@ -118,6 +126,8 @@ def ask(
     for text in (status, *itertools.chain(*headers)):
         assert re.fullmatch(r"[\x20-\x7e\xa0-\xff]*", text), f"{text!r} in the head"
     answer = Answer(int(status[:3]), {k.lower(): v for k, v in headers}, content)
+    if method == "POST" and answer.status == 200:  # something was stored, or removed
+        restock(app)
     assert answer.status < 500, content
     assert len(status) < 500, f"a reason phrase of {len(status)} letters"
     if answer.status >= 400:
@@ -471,11 +481,7 @@ def check_request(data: bytes) -> None:
         own = name.startswith("CONTENT_") or name in ("SCRIPT_NAME", "REMOTE_ADDR")
         more[name if own else f"HTTP_{name}"] = value.strip()
     app = make_app(open_to_all=not flag.startswith("u"))
-    answer = ask(app, method or "GET", path or "/", more, body)
-    if method == "POST" and answer.status == 200:  # a removal, perhaps
-        file = app.settings.root / "acme" / WHEEL
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(make_wheel())
+    ask(app, method or "GET", path or "/", more, body)
 
 
 # ---- Harnesses and seeds -------------------------------------------------------------
