@@ -7235,6 +7235,38 @@ def test_a_change_shows_in_every_worker_at_once(server: Server) -> None:
             by = set(re.findall(r"GET /simple/workers/.* by (\S+)", server.log(mark)))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are read in /proc")
+def test_100_clients_and_slow_readers(start: Start, in_bucket: Env) -> None:
+    """Half of the threads send to clients that do not read; then these hang up."""
+    server = start("many", CACHE_MB="4", **in_bucket)
+    for wheel, name in ((large_wheel(), WHEEL2), (make_wheel(), WHEEL)):
+        assert server.upload(name, wheel).status_code == 200
+
+    def descriptors() -> int:
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.pids())
+
+    def ask(_: int) -> set[int]:
+        paths = ("/simple/acme/", FILE, f"{FILE}.metadata", "/health")
+        return {server.ask("GET", path).status_code for path in paths}
+
+    with ThreadPoolExecutor(100) as pool:
+        assert set.union(*pool.map(ask, range(100))) == {200}
+        idle, where = descriptors(), urlsplit(server.url)
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                address = (where.hostname, where.port)
+                reader = stack.enter_context(socket.create_connection(address, 10))
+                reader.sendall(f"GET {url(WHEEL2)} HTTP/1.0\r\n\r\n".encode())
+                assert reader.recv(12).endswith(b" 200")
+            assert set.union(*pool.map(ask, range(100))) == {200}
+    assert wait_until(lambda: descriptors() <= idle)
+    staged = [path for path in server.home.rglob("parts/*") if path.is_file()]
+    assert staged == []
+    copies = [path.stat().st_size for path in server.home.rglob("cache/*")]
+    assert sum(copies) <= 4_000_000
+    assert "Traceback" not in server.log()
+
+
 STRAIN = {  # kind of server, bytes, CACHE_MB of a bucket, MB that it may take
     "wsgiref": ("wsgiref", 1 << 30, "", 60),
     "gunicorn": ("gunicorn", 1 << 30, "", 60),
