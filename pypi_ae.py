@@ -121,7 +121,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - anybody may start it with any Py
     why = f"pypi_ae needs Python 3.11 or later; this is {sys.version.split()[0]}."
     raise SystemExit(why) if __name__ == "__main__" else ImportError(why)
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 __all__ = ["App", "HTTPError", "Request", "Response", "get_app", "hash_password"]
 
 log = logging.getLogger("pypi_ae")
