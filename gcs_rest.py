@@ -562,8 +562,9 @@ class Client:
         headers = dict(call.headers or {})
         if self.tokens:
             self.tokens.sign(headers, time_until(ends))
-        # The bytes of a file have LEAST_RATE instead, and then call.timeout.
-        total = None if isinstance(call.body, Body) else time_until(ends)
+        total: float | None = time_until(ends) + len(call.body or b"") / LEAST_RATE
+        if call.method == "PUT" and call.body:  # GCS finishes it in FINAL_TIMEOUT
+            total = None
         timeout: Any = Timeout(total, connect=CONNECT_TIMEOUT, read=call.timeout)
         return self.session.request(
             call.method,

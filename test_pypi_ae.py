@@ -5344,8 +5344,7 @@ def test_preconditions_sent(gcs: Mock, bucket: Bucket, run: Run, expected: Env) 
     assert asked["prettyPrint"] == "false"
     timeout = call.request.req_kwargs["timeout"]  # type: ignore[attr-defined]
     assert timeout.connect_timeout <= gcs_rest.CONNECT_TIMEOUT
-    body = isinstance(call.request.body, gcs_rest.Body)
-    assert timeout.total == (None if body else pytest.approx(2, abs=0.5))
+    assert timeout.total == pytest.approx(2, abs=0.5)
 
 
 def test_patch_sends_only_what_changes(gcs: Mock, bucket: Bucket) -> None:
