@@ -6,7 +6,7 @@
 
 Contents
     1. Objects and errors         what is returned, what is raised
-    2. Endpoint and credentials   root URL, source of tokens, HTTP session
+    2. Endpoint and credentials   root URL, access tokens, HTTP session
     3. Sending                    one request: its timeouts, retries and errors
     4. Downloads                  a stream that reconnects and checks its md5
     5. Uploads                    one request up to 8 MiB, a resumable session above
@@ -29,11 +29,15 @@ Environment
 
 What it promises
     A request is repeated only if repeating it is safe, and only until `deadline`
-    seconds have passed without progress; the caller chooses the deadline. Bodies are
-    streamed in constant memory. A file that was stored, and an object that was read
-    whole, have the right size and md5. Composite objects have no md5, and a part of an
-    object has none: of these only the length is checked. Every error is a StorageError
-    and also the built-in error that it resembles (FileNotFoundError, ...).
+    seconds have passed without progress; the caller chooses the deadline. It covers
+    all from the access token to the last byte of the answer, however slowly that comes.
+    The bytes of a file may take longer, as long as they come and go at LEAST_RATE. An
+    access token that is still good is used while a new one cannot be had, and goes to
+    no host but the endpoint. Bodies are streamed in constant memory. A file that was
+    stored, and an object that was read whole, have the right size and md5. Composite
+    objects have no md5, and a part of an object has none: of these only the length is
+    checked. Every error is a StorageError and also the built-in error that it resembles
+    (FileNotFoundError, ...).
 
 What it is not: no buckets, ACLs, compose, signed URLs or batches.
 Part of pypi-ae (MIT licence), which tests it; it may be copied and used alone.
@@ -46,10 +50,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
 import re
+import socket
 import sys
 import threading
 import time
@@ -57,14 +63,17 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import quote, urlencode
 
 import requests
 from requests import Response, Session
 from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
+from urllib3.util import Timeout
 
 __all__ = [
     "Bucket",
@@ -84,9 +93,11 @@ CONNECT_TIMEOUT = 4.0  # s; urllib3 also applies it to each block of a body it s
 READ_TIMEOUT = 5.0  # s; less than DEADLINE, so that there is time for a second try
 READ_TIMEOUT_MIN = 1.0  # s; what the last try before the deadline gets at least
 FINAL_TIMEOUT = 20.0  # s; GCS may need this long to finish a large object
+TOKEN_PAUSE = 5.0  # s between tries to replace a good token; each may delay one call
 
+LEAST_RATE = 16 << 10  # bytes/s; 9 MiB take the 10 minutes that App Engine allows
 MULTIPART_MAX = 8 << 20  # bytes sent in one request; Google's library has this limit
-BLOCK = 64 << 10  # bytes sent at once; leaves within CONNECT_TIMEOUT at 16 KiB/s
+BLOCK = int(CONNECT_TIMEOUT * LEAST_RATE)  # bytes sent at once; 64 KiB
 CHUNK = 256 << 10  # bytes read at once; larger is no faster, and two are in memory
 POOL = 64  # connections that are kept; with more threads, requests logs a warning
 PAGE_SIZE = 1000  # items on a page of a listing; GCS returns no more
@@ -154,8 +165,8 @@ class Corrupted(StorageError):
 
 
 ERRORS: Mapping[int, tuple[type[StorageError], str]] = {
-    401: (Refused, "Cloud Storage does not accept the credentials of"),
-    403: (Refused, "grant roles/storage.objectUser on the bucket to"),
+    401: (Refused, "check the clock, and the credentials, which are those of"),
+    403: (Refused, "check the bucket's name; grant roles/storage.objectUser on it to"),
     404: (NotFound, "check the names of the bucket and of the object"),
     412: (PreconditionFailed, "another writer changed the object; get it again"),
 }
@@ -190,6 +201,10 @@ def has_metadata(stored: Object, sent: Metadata) -> bool:
 # imports cryptography, and takes longer than all other imports together. App Engine and
 # Cloud Run have a metadata server, so it is used directly: google.auth.default() would
 # first look for key files and for gcloud, and then test whether the server is there.
+#
+# google-auth wants a new token 225 s before the old one expires, tries for 30 s, and
+# then fails. So Tokens asks in its place: once, in the time that the call has left. If
+# it fails, a token that is still good is used. Client.send repeats the rest.
 
 ROOT = "https://storage.googleapis.com"
 UNIVERSE = "googleapis.com"  # given, so that the metadata server is not asked
@@ -214,18 +229,63 @@ def find_credentials(environ: Mapping[str, str]) -> Credentials:
     return google.auth.default(scopes=SCOPES)[0]
 
 
-@contextlib.contextmanager
-def auth_errors() -> Iterator[None]:
-    """Turns google-auth's errors into StorageErrors."""
-    from google.auth import exceptions
+class TimedSocket(io.RawIOBase):
+    """Reads an answer from a socket, whose timeout is for the answer as a whole.
 
-    try:
-        yield
-    except exceptions.GoogleAuthError as error:
-        if isinstance(error.__cause__ or error, exceptions.TransportError):
-            raise Unavailable(f"no access token: {error}; try again later") from error
-        advice = "use gcloud auth application-default login, or a service account"
-        raise Refused(f"no access token: {error}; {advice}") from error
+    Only the time spent in waiting for bytes counts, not the pauses of who reads them.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.source = sock, sock.makefile("rb", buffering=0)
+        self.left, self.is_file = sock.gettimeout() or READ_TIMEOUT, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self.left <= 0:
+            raise TimeoutError("the answer comes too slowly")
+        started = time.monotonic()
+        self.sock.settimeout(self.left)
+        count = self.source.readinto(buffer)
+        self.left -= time.monotonic() - started
+        if self.is_file:  # bytes buy time, but a stream that stops gets READ_TIMEOUT
+            self.left = min(self.left + (count or 0) / LEAST_RATE, READ_TIMEOUT)
+        return count
+
+    def close(self) -> None:
+        self.source.close()
+        super().close()
+
+
+class TimedAnswer(HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.source = TimedSocket(sock)
+        self.fp = io.BufferedReader(self.source)
+
+    def expect_file(self) -> None:
+        """The body may take longer, as long as its bytes come at LEAST_RATE."""
+        self.source.left, self.source.is_file = READ_TIMEOUT, True
+
+
+class TimedConnection(HTTPConnection):
+    response_class = TimedAnswer
+
+
+class TimedTLSConnection(HTTPSConnection):
+    response_class = TimedAnswer
+
+
+class TimedAdapter(HTTPAdapter):
+    """Gives each answer one timeout; requests gives one to each packet of it."""
+
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **options)
+        tls = pool.scheme == "https"
+        pool.ConnectionCls = TimedTLSConnection if tls else TimedConnection
+        return pool
 
 
 def new_session(root: str) -> Session:
@@ -237,8 +297,81 @@ def new_session(root: str) -> Session:
     session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
     # Google compresses answers only if the user agent contains "gzip".
     session.headers["User-Agent"] = f"gcs_rest/{__version__} (gzip)"
-    session.mount(root, HTTPAdapter(pool_connections=1, pool_maxsize=POOL))
+    session.mount(root, TimedAdapter(pool_connections=1, pool_maxsize=POOL))
     return session
+
+
+class Tokens:
+    """The access tokens of google-auth's credentials; one thread at a time gets one.
+
+    It is called by google-auth as `google.auth.transport.Request` is.
+    """
+
+    def __init__(self, credentials: Credentials) -> None:
+        self.credentials = credentials  # None: they are found when they are needed
+        self.lock = threading.Lock()
+        self.ends = self.next_try = 0.0
+        self.session = Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, TimedAdapter())
+
+    def value(self) -> Any:
+        return self.credentials and self.credentials.token
+
+    def sign(self, headers: dict[str, str], left: float) -> None:
+        """Adds a token to the headers; takes at most `left` seconds.
+
+        google-auth calls a good token STALE when it should be replaced.
+        """
+        state = self.credentials.token_state.name if self.credentials else "INVALID"
+        if state == "INVALID":
+            self.replace(self.value(), left)
+        elif state == "STALE" and time.monotonic() >= self.next_try:
+            self.next_try = time.monotonic() + TOKEN_PAUSE
+            with contextlib.suppress(OSError):  # StorageErrors, and those of requests
+                self.replace(self.value(), READ_TIMEOUT_MIN)
+        self.credentials.apply(headers)
+
+    def replace(self, bad: str | None, left: float) -> None:
+        """Gets a new token, unless another thread already replaced the bad one."""
+        ends = time.monotonic() + left
+        if not self.lock.acquire(timeout=left):
+            raise Unavailable(f"no access token in {left:.1f} s; try again later")
+        try:
+            if self.value() == bad:
+                self.ends = ends
+                self.refresh()
+        finally:
+            self.lock.release()
+
+    def refresh(self) -> None:
+        from google.auth.exceptions import GoogleAuthError
+
+        try:
+            if self.credentials is None:
+                self.credentials = find_credentials(os.environ)
+            self.credentials.refresh(self)
+        except (GoogleAuthError, PermissionError, ValueError) as error:
+            advice = "use gcloud auth application-default login, or a service account"
+            raise Refused(f"no access token: {error}; {advice}") from error
+
+    def __call__(self, url: str, method: str = "GET", **options: Any) -> Any:
+        """Sends a request of google-auth's, but fails where that would repeat it."""
+        options["timeout"] = min(time_until(self.ends), READ_TIMEOUT)
+        data = options.pop("body", None)
+        reply = self.session.request(method, url, data=data, **options)
+        status = reply.status_code
+        if is_temporary(status):
+            raise Unavailable(f"no access token: {status} from {url}; try again later")
+        return SimpleNamespace(status=status, headers=reply.headers, data=reply.content)
+
+
+def time_until(ends: float) -> float:
+    return max(ends - time.monotonic(), READ_TIMEOUT_MIN)
+
+
+def is_temporary(status: int) -> bool:
+    return status in (408, 429) or status >= 500
 
 
 # ---- 3. Sending ----------------------------------------------------------------------
@@ -310,9 +443,6 @@ class Retries:
         """Starts a new deadline, because progress was made."""
         self.ends, self.max_pause = time.monotonic() + self.deadline, self.backoff
 
-    def time_left(self) -> float:
-        return self.ends - time.monotonic()
-
     def wait(self, error: StorageError) -> bool:
         """Sleeps before the next try; returns False if the deadline comes first.
 
@@ -320,7 +450,7 @@ class Retries:
         """
         error.tries = self.tries
         pause = max(random.uniform(0, self.max_pause), error.retry_after)
-        if pause > self.time_left():
+        if pause > self.ends - time.monotonic():
             return False
         time.sleep(pause)
         self.tries += 1
@@ -349,17 +479,15 @@ class Client:
         self.bucket, self.root = bucket, emulator or ROOT
         self.session = session or new_session(self.root)
         self.owns_session = session is None
-        self.anonymous = bool(emulator) and creds is None
-        self.credentials = creds
-        self.transport: Any = None  # google.auth's; it requests the tokens
-        self.lock = threading.Lock()  # so that only one thread requests a token
+        anonymous = emulator and creds is None
+        self.tokens = None if anonymous else Tokens(creds)
         self.deadline, self.backoff = deadline, BACKOFF
 
     def close(self) -> None:
         if self.owns_session:
             self.session.close()
-        if self.transport is not None:
-            self.transport.session.close()
+        if self.tokens:
+            self.tokens.session.close()
 
     def path(self, name: str = "") -> str:
         """Returns the URL path of an object, or that of the bucket's objects."""
@@ -394,7 +522,7 @@ class Client:
         retries = self.new_retries()
         while True:
             try:
-                return self.send_once(call, retries.time_left())
+                return self.send_once(call, retries.ends)
             except StorageError as error:
                 error.tries = retries.tries
                 retry = call.idempotent and isinstance(error, Unavailable)
@@ -404,11 +532,10 @@ class Client:
     def fetch_json(self, call: Call) -> dict[str, Any]:
         return read_json(call, self.send(call))
 
-    def send_once(self, call: Call, left: float = sys.maxsize) -> Response:
-        """Sends a call once, with `left` seconds; raises a StorageError if it fails."""
-        timeout = (CONNECT_TIMEOUT, min(call.timeout, max(left, READ_TIMEOUT_MIN)))
+    def send_once(self, call: Call, ends: float) -> Response:
+        """Sends a call once, which ends in time; raises a StorageError if it fails."""
         try:
-            response = self.request(call, timeout)
+            response = self.request(call, ends)
             status = response.status_code
             # 308 means "resume"; only calls to an upload session use PUT.
             if status // 100 == 2 or (status == 308 and call.method == "PUT"):
@@ -421,21 +548,24 @@ class Client:
             raise StorageError(f"{call.what}: {invalid!r}") from invalid
         raise error
 
-    def request(self, call: Call, timeout: tuple[float, float]) -> Response:
+    def request(self, call: Call, ends: float) -> Response:
         """Sends with a token; if the answer is 401, once more with a new token."""
-        response = self.request_with_token(call, timeout)
-        if response.status_code == 401 and not self.anonymous:
+        response = self.request_with_token(call, ends)
+        if response.status_code == 401 and self.tokens:
             response.close()
-            self.refresh_token(response.request.headers.get("Authorization"))
-            response = self.request_with_token(call, timeout)
+            used = response.request.headers.get("Authorization", "")
+            self.tokens.replace(used.removeprefix("Bearer "), time_until(ends))
+            response = self.request_with_token(call, ends)
         return response
 
-    def request_with_token(self, call: Call, timeout: tuple[float, float]) -> Response:
+    def request_with_token(self, call: Call, ends: float) -> Response:
         headers = dict(call.headers or {})
-        if not self.anonymous:
-            with self.lock, auth_errors():
-                creds = self.load_credentials()
-                creds.before_request(self.transport, call.method, call.url, headers)
+        if self.tokens:
+            self.tokens.sign(headers, time_until(ends))
+        total: float | None = time_until(ends) + len(call.body or b"") / LEAST_RATE
+        if call.method == "PUT" and call.body:  # GCS finishes it in FINAL_TIMEOUT
+            total = None
+        timeout: Any = Timeout(total, connect=CONNECT_TIMEOUT, read=call.timeout)
         return self.session.request(
             call.method,
             call.url,
@@ -446,31 +576,14 @@ class Client:
             allow_redirects=False,  # GCS sends none, and 308 has another meaning here
         )
 
-    def refresh_token(self, used: str | None) -> None:
-        """Gets a new token, unless another thread already replaced the used one."""
-        with self.lock, auth_errors():
-            creds = self.load_credentials()
-            if used == f"Bearer {creds.token}":
-                creds.refresh(self.transport)
-
-    def load_credentials(self) -> Credentials:
-        """Returns the credentials; finds them at the first call. Needs the lock."""
-        if self.transport is None:
-            from google.auth.transport.requests import Request
-
-            # It has a session, timeouts and retries of its own.
-            self.transport = Request()
-        if self.credentials is None:
-            self.credentials = find_credentials(os.environ)
-        return self.credentials
-
     def error_of(self, call: Call, response: Response) -> StorageError:
         status = response.status_code
         kind, advice = ERRORS.get(status, (StorageError, "check the arguments"))
-        if status in (408, 429) or status >= 500:
+        if is_temporary(status):
             kind, advice = Unavailable, "try again later"
         if kind is Refused:
-            advice += f" {getattr(self.credentials, 'service_account_email', 'you')}"
+            creds = self.tokens and self.tokens.credentials
+            advice += f" {getattr(creds, 'service_account_email', 'you')}"
         after = response.headers.get("Retry-After", "")  # as a date, it is ignored
         message = f"{call.what}: {status} {error_reason(response)}; {advice}"
         return kind(message, status, float(after) if after.isdecimal() else 0)
@@ -538,6 +651,9 @@ class Download:
         first, size = parse_extent(response)
         if first != self.position:
             raise Corrupted(f"{self.call.what}: the answer starts at byte {first}")
+        answer = getattr(response.raw, "_original_response", None)
+        if isinstance(answer, TimedAnswer):  # not if the session is the caller's
+            answer.expect_file()
         self.end = min(self.end, size)
         return response
 
@@ -546,7 +662,7 @@ class Download:
         retries, reached = self.client.new_retries(), self.position
         while self.position < self.end:
             try:
-                chunk = self.read_chunk()
+                chunk = self.read_chunk(retries.ends)
             except Unavailable as error:
                 self.close()
                 if self.position > reached:
@@ -559,8 +675,9 @@ class Download:
                 return
             yield chunk
 
-    def read_chunk(self) -> bytes:
-        response = self.response or self.open(self.client.send_once)
+    def read_chunk(self, ends: float) -> bytes:
+        send = partial(self.client.send_once, ends=ends)
+        response = self.response or self.open(send)
         try:
             chunk: bytes = response.raw.read(CHUNK, decode_content=False)
         except LOST_CONNECTION as error:
@@ -621,6 +738,7 @@ def parse_md5(response: Response) -> str:
 #     PUT the rest ---> 200 done
 #         \-----------> 308 bytes up to N are stored: PUT the rest from N + 1
 #         \-----------> 408, 429, 5xx, connection lost: empty PUT ---> 200, 308 as above
+#         \-----------> 200 without its object: empty PUT, as after a lost connection
 #         \-----------> 404, 410 the session is gone: open another one, start at 0
 #         \-----------> anything else: raise the error
 
@@ -677,7 +795,7 @@ class Upload:
         while True:
             call, started = self.put_call(session, position), time.monotonic()
             try:
-                answer = self.client.send_once(call)
+                answer = self.client.send_once(call, retries.ends)
                 if answer.status_code != 308:
                     return read_object(read_json(call, answer))
                 position = bytes_stored(answer)
@@ -695,7 +813,7 @@ class Upload:
 
     def recover(self, error: StorageError, session: str) -> tuple[str, int | None]:
         """Returns the session and position to continue with, or raises the error."""
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable | Corrupted):
             return session, None
         if error.status not in (404, 410) or self.if_generation is None:
             raise error
@@ -709,9 +827,11 @@ class Upload:
         headers = JSON | {"X-Upload-Content-Type": self.content_type}
         headers["X-Upload-Content-Length"] = str(self.size)
         call = self.new_call("resumable", headers, self.resource())
-        session = self.client.send(call).headers.get("Location")
-        if not session:
-            raise Corrupted(f"{call.what}: the answer has no Location header")
+        session = self.client.send(call).headers.get("Location", "")
+        if not session.startswith(f"{self.client.root}/"):  # it would get the token
+            where = session.partition("?")[0][:REASON_MAX]
+            advice = f"it must be at {self.client.root}/; check STORAGE_EMULATOR_HOST"
+            raise Corrupted(f"{call.what}: Location is {where!r}; {advice}")
         return session
 
     def put_call(self, session: str, position: int | None) -> Call:
@@ -742,9 +862,10 @@ class Bucket:
     """The objects of one bucket; threads may share it.
 
     `session` replaces our own: its proxies, adapters and trust_env are the caller's.
+    Its answers end by the deadline only if a TimedAdapter is mounted.
     `credentials` are google-auth's; without them, see "Environment" at the top.
     `deadline` is how many seconds each request may take without progress; the last try
-    may end a few seconds later. Who needs two deadlines makes two Buckets, which may
+    may end a second or two later. Who needs two deadlines makes two Buckets, which may
     share a session.
     """
 
