@@ -3228,7 +3228,7 @@ Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
 NOT_NOW = HTTPError(503, "The store does not answer now. Try again.", Retry_After="5")
 NO_ROOM = HTTPError(507, "The server's disk has no room for this.", Retry_After="60")
-NO_DISK = HTTPError(503, "The server's disk fails; its log says how.", Retry_After="60")
+NO_DISK = HTTPError(503, "The server's disk fails; its log says how.", Retry_After="5")
 # Errors of a bucket have no number.
 BY_ERRNO = {None: NOT_NOW, errno.ENOSPC: NO_ROOM, errno.EDQUOT: NO_ROOM}
 MAX_PATH = 1024  # letters; the longest useful path has two names of 215
