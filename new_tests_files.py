@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 import stat
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -397,28 +396,6 @@ def test_small_download_is_checked_before_it_is_sent(played: Cloud) -> None:
     assert local(client) == []
     played.wire.heal()
     assert client.get(url(WHEEL)).body == BYTES
-
-
-def test_sweeping_spares_the_living(client: Client) -> None:
-    """A clock may jump, and the same folder may be that of another machine."""
-    staging = client.app.index.store.staging
-    staging.mkdir(parents=True)
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    names = {  # may it go when it is old, and when it is young?
-        f"{os.getpid()}-{pypi_ae.RUN}-x": (False, False),
-        f"{os.getppid()}-ab-y": (False, False),
-        f"{gone.pid}-ab-z": (True, False),
-        f"{os.getpid()}-ab-x": (True, False),
-        "old": (True, False),
-    }
-    for young in (True, False):
-        for name in names:
-            (staging / name).write_bytes(b"half")
-            os.utime(staging / name, None if young else (0, 0))
-        assert client.upload(WHEEL, make_wheel()).status == 200
-        kept = {name for name, goes in names.items() if not goes[young]}
-        assert set(client.staged) == kept
 
 
 def test_loser_of_a_race_is_told_what_helps(played: Cloud) -> None:

@@ -121,7 +121,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - anybody may start it with any Py
     why = f"pypi_ae needs Python 3.11 or later; this is {sys.version.split()[0]}."
     raise SystemExit(why) if __name__ == "__main__" else ImportError(why)
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 __all__ = ["App", "HTTPError", "Request", "Response", "get_app", "hash_password"]
 
 log = logging.getLogger("pypi_ae")
@@ -371,7 +371,7 @@ def _split_sdist(stem: str, project: str) -> tuple[str, str] | None:
     So beta-1.0-1 is 1.0-1 (1.0.post1) of beta, and not 1 of beta-1.0.
     """
     cuts = [match.start() for match in re.finditer("-", stem)]
-    splits = [(stem[:cut], stem[cut + 1 :]) for cut in cuts]
+    splits = [(stem[:cut], stem[cut + 1 :]) for cut in cuts if stem[cut + 1 :]]
     of_project = [split for split in splits if normalize(split[0]) == project]
     valid = [split for split in splits if _VERSION.fullmatch(split[1])]
     return next(iter(of_project + valid + splits[::-1]), None)
@@ -884,13 +884,14 @@ MIN_EXPANDED = 64 << 20  # bytes; also a small archive may unpack to this size
 # takes more than 50 bytes, packed.
 FREE_HEADERS, HEADER_BYTES = 2000, 50
 # Bytes that a tar member may have, by type. An extended header (x, L, K) has a path or
-# two. Whatever else is not a regular file (0, 7) has none: some readers skip them.
+# two. Links, devices and folders (1 to 6) have none: some readers skip them.
 MAX_SIZES = dict.fromkeys((b"x", b"L", b"K"), 64 << 10)
+MAX_SIZES |= dict.fromkeys((b"1", b"2", b"3", b"4", b"5", b"6"), 0)
 MAX_SIZES |= dict.fromkeys((b"0", b"\0", b"7"), 1 << 40)
 _RESIZED = re.compile(rb"\d (size|GNU\.sparse\.[^=]*)=")  # in an extended header
 
 _METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
-_PKG_INFO = re.compile(r"(\./)?[^/]+/PKG-INFO")
+_PKG_INFO = re.compile(r"(\./)?(?!\.\.?/)[^/]+/PKG-INFO")
 _LEADS_OUT = re.compile(r"/|\w:|(.*/)?\.\.(/|\Z)|.*\\", re.S)  # of its folder
 _LOCAL_HEADER = "<4s2x2H8xI4x2H"  # before each member of a zip (APPNOTE, 4.3.7)
 _HEAD_END = re.compile(rb"(?:\A|\n)\r?\n")
@@ -1018,7 +1019,7 @@ def _tar_member(packed: BoundedFile, size: int) -> bytes:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
         start, kind = file.tell(), member.type
         text = file.read(member.size) if kind in (b"x", b"L") else b""
-        if not 0 <= member.size <= MAX_SIZES.get(kind, 0) or _RESIZED.search(text):
+        if not 0 <= member.size <= MAX_SIZES.get(kind, -1) or _RESIZED.search(text):
             raise ArchiveError(f"it has an unusual member, of type {kind!r}")
         is_wanted = _PKG_INFO.fullmatch(member.name) and member.size <= MAX_METADATA
         if is_wanted and not renamed and kind not in b"xLK":
@@ -1049,6 +1050,7 @@ def _parse_metadata(text: bytes) -> CoreMetadata:
 
 FILES_KEPT = 10_000  # distributions in the listings that are kept: 20 to 45 MB
 ADDRESS = 16  # hex digits of a digest in a URL; nobody meets the same by chance
+NAMES_KEPT = 50_000  # file names; they take 15 MB
 METADATA_KEPT = 4 << 20  # bytes of core metadata and keys: some 500 wheels
 
 Answer = tuple["Response", "Response"]  # in full, and 304
@@ -1344,8 +1346,8 @@ class Store(Protocol):
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         """List a project. Distributions that have not changed are kept from `last`."""
 
-    def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
-        """Every distribution, without its facts."""
+    def look_at_all(self, root: Look[Catalog]) -> Look[list[Parsed]]:
+        """List every distribution, without its facts."""
 
     def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
         """Every distribution. One that is both loose and in its folder comes twice."""
@@ -1387,12 +1389,13 @@ class Index:
 
     def __init__(self, store: Store, stale_seconds: float = 0.0) -> None:
         self.store, self._stale_seconds = store, stale_seconds
-        self.open, self.iter_names = store.open, store.iter_names
+        self.open = store.open
         self._slot = store.gate.slot if store.gate else contextlib.nullcontext
         self._root: Look[Catalog] | None = None
         self._looks: BoundedCache[Look[Listing]] = BoundedCache(FILES_KEPT)
         self._metadata: BoundedCache[bytes] = BoundedCache(METADATA_KEPT)
-        self._root_lock = threading.Lock()
+        self._names: Look[list[Parsed]] | None = None
+        self._root_lock, self._names_lock = threading.Lock(), threading.Lock()
         self._locks = [threading.Lock() for _ in range(LOCKS)]
         self._pool, self._lock = ThreadPoolExecutor(SLOTS), threading.Lock()
         # The looks that are taken there, by project; "" is the root.
@@ -1506,6 +1509,15 @@ class Index:
             return root
 
     # What handlers read...
+
+    def names(self, began: float) -> Sequence[Parsed]:
+        """Every distribution, for a request that began then."""
+        with self._names_lock:
+            look = self._names
+            if not look or not is_current(look, began):
+                look = self.store.look_at_all(self.root(began, denies=True))
+                self._names = look if len(look.found) <= NAMES_KEPT else None
+            return look.found
 
     def count(self) -> int:
         """The projects that are known now, without a look at the store."""
@@ -1664,7 +1676,7 @@ def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
 LOOK_SHARE = 0.1  # at most 10 % of the time is spent on scanning
 LOOK_MOST = 30.0  # seconds; a look may be slow for other reasons, or miss a change
-ABANDONED_SECONDS = 600  # since the last write; another machine's upload may be alive
+ABANDONED_SECONDS = 86_400  # a clock seldom jumps so far, and no upload takes so long
 RUN = os.urandom(4).hex()  # another process may get the number of this one later
 
 FactsKey = tuple[Any, ...]  # filename, size, mtime_ns, inode
@@ -1807,11 +1819,18 @@ class Directory:
         """Does a path lead to a place below the root, whatever links it has?"""
         return os.path.realpath(path).startswith(f"{self._real}/")
 
-    def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
-        for project, place in sorted(catalog.places.items()):
+    def look_at_all(self, root: Look[Catalog]) -> Look[list[Parsed]]:
+        now, began, found = time.time_ns(), time.monotonic(), list[Parsed]()
+        places = sorted(root.found.places.items())
+        folders = [path for each in places for path in self._folders(*each)]
+        marks = {**root.marks, **read_marks(folders)}
+        for project, place in places:
             names = set(map(_base, self._paths(project, place)))
             files = (parse_filename(name, project) for name in names)
-            yield from sorted(p for p in files if p and p.project == project)
+            found += sorted(p for p in files if p and p.project == project)
+        settled = all(_is_settled(mark[0], now) for mark in marks.values())
+        until = began + LOOK_MOST if settled else began
+        return Look(found, marks, until, until)
 
     def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
         for project, place in sorted(catalog.places.items()):
@@ -1982,10 +2001,8 @@ def open_staged(folder: Path, name: str = "") -> BinaryIO:
     folder.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # another worker removed it
-            # A clock may jump, and a process of another machine is not seen here. So
-            # neither the age nor the process is enough.
             old = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
-            if old and _is_abandoned(*entry.name.split("-")[:2]):
+            if old or _is_abandoned(*entry.name.split("-")[:2]):
                 os.unlink(entry.path)
     name = f"{os.getpid()}-{RUN}-{name or os.urandom(8).hex()}"
     return open(folder / name, "xb")
@@ -2106,9 +2123,11 @@ class Cloud:
         with self.gate.slot(), self.gate.list_call():
             return self._describe(self.bucket.list(self._prefix)[0])
 
-    def iter_names(self, catalog: Catalog) -> Iterator[Parsed]:
-        for dist in self.iter_dists(catalog):
-            yield Parsed(dist.filename, dist.project, dist.version)
+    def look_at_all(self, root: Look[Catalog]) -> Look[list[Parsed]]:
+        marks, began = read_marks([f"{self._changes}/all"]), time.monotonic()
+        dists = self.iter_dists(root.found)
+        found = [Parsed(dist.filename, dist.project, dist.version) for dist in dists]
+        return Look(found, marks, began + self._sync, began)
 
     # Reading...
 
@@ -2194,8 +2213,8 @@ class Cloud:
         return f"{self._changes}/{number}"
 
     def _touch(self, project: Project, *, root: bool) -> None:
-        for name in (project, "") if root else (project,):
-            marker = Path(self._marker(name))
+        names = [self._marker(project), f"{self._changes}/all"]
+        for marker in map(Path, names + [self._marker("")] * root):
             try:
                 marker.parent.mkdir(parents=True, exist_ok=True)
                 marker.touch()
@@ -3137,7 +3156,7 @@ def all_files(app: App, request: Request) -> Response:
     """/packages/: every file, for people and for pip --find-links."""
     links = (
         f'<a href="{project}/{quote(name)}">{escape(name)}</a><br>'
-        for name, project, _ in app.index.iter_names(request.catalog)
+        for name, project, _ in app.index.names(request.started)
     )
     return plain_response(f"{HTML}; charset=utf-8", _simple_page("All files", links))
 
@@ -3211,7 +3230,7 @@ def search(app: App, request: Request) -> Response:
     except Exception as fault:  # foreign XML raises expat's, struct's and type errors
         raise HTTPError(400, f"Invalid XML-RPC payload: {fault}.") from fault
     latest: dict[str, str] = {}
-    for _, project, version in app.index.iter_names(request.catalog):
+    for _, project, version in app.index.names(request.started):
         if any(word in project for word in words):
             latest[project] = max(latest.get(project, ""), version, key=version_key)
     hits = [{"name": p, "version": v, "summary": ""} for p, v in latest.items()]

