@@ -1728,6 +1728,10 @@ class Directory:
                 loose.setdefault(parsed.project, {})[entry.name] = None
         return make_catalog(folders, loose)
 
+    def _is_file(self, entry: os.DirEntry[str]) -> bool:
+        plain = entry.is_file(follow_symlinks=False)  # costs nothing, as most are
+        return plain or (self._is_served(entry) and entry.is_file())
+
     def _is_served(self, entry: os.DirEntry[str]) -> bool:
         """Is it a file, or a folder that can be read? Links may not lead elsewhere."""
         why = ""
@@ -1776,8 +1780,7 @@ class Directory:
         for folder in self._folders(project, place):
             if _base(folder) in place.folders:  # it can be read, and is in the root
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    entries = filter(self._is_served, os.scandir(folder))
-                    paths += [entry.path for entry in entries if entry.is_file()]
+                    paths += [e.path for e in os.scandir(folder) if self._is_file(e)]
         return paths + [f"{self.root}/{name}" for name in place.loose]
 
     def _describe(
