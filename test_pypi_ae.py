@@ -6756,13 +6756,13 @@ PUBLISHING = {
     "pdm": ["PDM_PUBLISH_PASSWORD="],
     "flit": ["FLIT_INDEX_URL="],
 }
-INSTALLING = {  # commands, and what they find when only a stranger has a project acme
-    "uv-add": (["uv add"], "acme-9.0"),
-    "uv-pip": (["uv pip install --index"], "acme-9.0"),
-    "poetry": (["poetry source", "poetry add"], ""),
-    "pdm": (["pdm add"], ""),
-    "pip": (["pip install --index-url http://127"], ""),
-    "pip-extra": (["pip install --extra-index-url"], "acme-9.0"),
+INSTALLING = {
+    "uv-add": ["uv add"],
+    "uv-pip": ["uv pip install --index"],
+    "poetry": ["poetry source", "poetry add"],
+    "pdm": ["pdm add"],
+    "pip": ["pip install --index-url http://127"],
+    "pip-extra": ["pip install --extra-index-url"],
 }
 RUN, FALLBACK = "python3 pypi_ae.py", "FALLBACK_URL="
 PASSWD, TIDY, READ = f"{RUN} passwd", f"{RUN} tidy", "read "
@@ -6791,7 +6791,7 @@ def command(start: str) -> str:
 
 
 def test_every_command_of_the_readme_is_run() -> None:
-    lists = [*PUBLISHING.values(), *(starts for starts, _ in INSTALLING.values())]
+    lists = [*PUBLISHING.values(), *INSTALLING.values()]
     starts = [start for each in lists for start in each] + CLOSED
     starts += [
         RUN,
@@ -6811,6 +6811,13 @@ def test_every_command_of_the_readme_is_run() -> None:
     assert "grep -m1 '^python3 -m venv'" in MODULE.with_name(".ci").joinpath(
         "run"
     ).read_text("utf-8")
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("python3 fuzz/")])
+def test_the_tools_of_developers_are_there(line: str) -> None:
+    path = line.split()[1]
+    text = (MODULE.parent / path).read_text("utf-8")
+    assert f"python {path}" in text.split('"""')[1]
 
 
 GCLOUD = {  # flags by the words of a command; all else is a name or a path
@@ -6947,60 +6954,66 @@ def test_publish_as_the_readme_says(reader: Reader, client: str) -> None:
         assert all(name.startswith("acme-1.0") for name in names)
 
 
-PDM_APP = "\n[tool.pdm]\ndistribution = false\n\n"
-POETRY_APP = '\n[[tool.poetry.source]]\nname = "public"\nurl = "{url}"\n'
+APPLICATION = (
+    PYPROJECT.format(name="app")
+    + """\
+[tool.pdm]
+distribution = false
+[tool.poetry]
+package-mode = false
+"""
+)
+# The index that poetry takes for the public one can only be set so.
+OF_POETRY = '[[tool.poetry.source]]\nname = "public"\nurl = "{}"\n'
+OURS, STRANGERS = {"acme-1.0", "public_base-1.0"}, {"acme-9.0"}
+INSTALLED = [  # client, when acme is published here, what is installed
+    ("poetry", "later", OURS),
+    ("pdm", "later", OURS),
+    ("pip", "later", OURS),
+    ("uv-add", "before", OURS),
+    ("uv-pip", "before", OURS),
+    ("uv-add", "never", STRANGERS),
+    ("uv-pip", "never", STRANGERS),
+    ("pip-extra", "before", STRANGERS),
+]
 
 
-def make_application(folder: Path, client: str, public: str) -> str:
-    """A project that will need acme; return the folder in which it is installed."""
-    text = PYPROJECT.format(name="app")
-    if client == "pdm":
-        block = blocks("toml")[0]
-        text += PDM_APP + block
-    if client == "poetry":  # its one public index cannot be replaced otherwise
-        text += POETRY_APP.format(url=public) + "[tool.poetry]\npackage-mode = false\n"
-    (folder / "pyproject.toml").write_text(text)
-    python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    return f".venv/lib/{python}/site-packages"
-
-
-@pytest.mark.parametrize("acme", ["published", "not yet published"])
-@pytest.mark.parametrize("client", INSTALLING)
+@pytest.mark.parametrize(
+    ("client", "when", "found"), INSTALLED, ids=["-".join(it[:2]) for it in INSTALLED]
+)
 def test_install_as_the_readme_says(
-    reader: Reader,
-    start: Start,
-    client: str,
-    acme: str,
+    reader: Reader, start: Start, client: str, when: str, found: set[str]
 ) -> None:
-    """A stranger has acme 9.0 on the public index, which is played here."""
+    """acme needs public-base of a public index, where a stranger has an acme 9.0.
+
+    Where the stranger's is never taken, the command fails until acme is published here.
+    """
     public = start("public", "wsgiref")
     write_wheel(public.root, "public-base")
     write_wheel(public.root, "acme", "9.0")
-    index = f"{public.url}/simple/"
+    index, commands = f"{public.url}/simple/", INSTALLING[client]
     env = {"UV_DEFAULT_INDEX": index, "PDM_PYPI_URL": index, "PIP_INDEX_URL": index}
-    starts, otherwise = INSTALLING[client]
-    folder = make_application(reader.project, client, index)
+    env |= {"PIP_PREFIX": ".venv", "UV_PYTHON": ".venv"}
     subprocess.run(
         ["uv", "venv", "-q", "-p", sys.executable, ".venv"],
         cwd=reader.project,
         env=reader.environ,
         check=True,
+        timeout=90,
     )
-    if client.startswith("pip"):
-        env["PIP_TARGET"] = folder
-    if acme == "published":
-        needs = "Requires-Dist: public-base"
-        write_wheel(reader.home / "packages", "acme", "1.0", needs)
+    publish = functools.partial(write_wheel, reader.home / "packages", "acme", "1.0")
+    if when == "before":
+        publish("Requires-Dist: public-base")
     with reader.serve(FALLBACK if client == "pip" else RUN, public.url):
-        reader.run(*starts, env=env, fails=not otherwise and acme != "published")
-    found = {
-        path.name.removesuffix(".dist-info")
-        for path in (reader.project / folder).glob("*.dist-info")
-    }
-    expected = {"acme-1.0", "public_base-1.0"} if acme == "published" else {otherwise}
-    if client == "pip-extra":
-        expected = {otherwise}
-    assert found == expected - {""}
+        source = OF_POETRY.format(index) if client == "poetry" else blocks("toml")[0]
+        text = APPLICATION + reader.adapt(source)
+        (reader.project / "pyproject.toml").write_text(text)
+        reader.run(*commands, env=env, fails=when == "later")
+        if when == "later":
+            publish("Requires-Dist: public-base")
+            reader.run(commands[-1], env=env)
+    paths = reader.project.glob(".venv/lib/python*/site-packages/*.dist-info")
+    assert {path.stem for path in paths} == found
 
 
 def test_the_other_commands_of_the_readme(reader: Reader) -> None:
