@@ -2923,7 +2923,7 @@ def test_slow_look(client: Client, now: Now, monkeypatch: Patch, times: Any) -> 
         make_old(client.root)
 
     (client.root / ".pypi_ae").mkdir()  # else the facts make it, which is a change
-    watch(monkeypatch, os, "listdir", pass_time)
+    watch(monkeypatch, pypi_ae.Directory, "_paths", pass_time)
     drop(b"old")
     assert client.page()["files"][SDIST]["size"] == 3
     drop(b"newer")
