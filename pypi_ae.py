@@ -1676,6 +1676,7 @@ def slice_of(file: io.IOBase, length: int) -> Iterator[bytes]:
 LOOK_SECONDS = 1.0  # a file rewritten in place does not change its folder's time
 LOOK_SHARE = 0.1  # at most 10 % of the time is spent on scanning
 LOOK_MOST = 30.0  # seconds; a look may be slow for other reasons, or miss a change
+IDLE_SECONDS = 600  # another machine, whose processes we do not see, may write here
 ABANDONED_SECONDS = 86_400  # a clock seldom jumps so far, and no upload takes so long
 RUN = os.urandom(4).hex()  # another process may get the number of this one later
 
@@ -2004,8 +2005,9 @@ def open_staged(folder: Path, name: str = "") -> BinaryIO:
     folder.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # another worker removed it
-            old = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
-            if old or _is_abandoned(*entry.name.split("-")[:2]):
+            age = time.time() - entry.stat().st_mtime
+            gone = age > IDLE_SECONDS and _is_abandoned(*entry.name.split("-")[:2])
+            if gone or age > ABANDONED_SECONDS:
                 os.unlink(entry.path)
     name = f"{os.getpid()}-{RUN}-{name or os.urandom(8).hex()}"
     return open(folder / name, "xb")
@@ -2014,6 +2016,8 @@ def open_staged(folder: Path, name: str = "") -> BinaryIO:
 def _is_abandoned(pid: str, run: str = "") -> bool:
     if not pid.isdigit() or int(pid) == os.getpid():
         return run != RUN
+    if os.name != "posix":  # there, signal 0 is Ctrl-C
+        return False
     try:
         os.kill(int(pid), 0)  # sends no signal
     except (ProcessLookupError, OverflowError):
