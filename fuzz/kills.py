@@ -148,7 +148,8 @@ class Killing:
         path = f"{project}/{name}"
         self.may[path] = self.may.get(path, {None}) | {content}
         self.unsure.add(path)
-        assert self.server.upload(name, content).status_code == 200
+        answer = self.server.upload(name, content)
+        assert answer.status_code == 200, answer.text
         self.may[path] = {content}
         self.unsure.discard(path)
         self.counts["uploads"] += 1
@@ -162,7 +163,7 @@ class Killing:
         options = {"data": lab.encode(form), "headers": lab.FORM_HEADERS}
         status = self.server.ask("POST", "/", **options).status_code
         there = any(may != {None} for may in before.values())
-        assert status == (200 if there else 404)
+        assert status == (200 if there else 404), (status, there)
         self.may |= {path: {None} for path in before}
         self.unsure -= before.keys()
         self.counts["removals"] += there
@@ -220,7 +221,7 @@ class Killing:
             os.utime(path, (1e9, 1e9))
         self.upload("p", *make_file("p", "1.0", self.dice))
         left = self.server.home.rglob
-        assert lab.wait_until(lambda: not [*left("staging/*")])
+        assert lab.wait_until(lambda: not [*left("staging/*")]), [*left("staging/*")]
 
 
 def make_file(project: str, version: str, dice: random.Random) -> tuple[str, bytes]:
