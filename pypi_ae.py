@@ -121,7 +121,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - anybody may start it with any Py
     why = f"pypi_ae needs Python 3.11 or later; this is {sys.version.split()[0]}."
     raise SystemExit(why) if __name__ == "__main__" else ImportError(why)
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 __all__ = ["App", "HTTPError", "Request", "Response", "get_app", "hash_password"]
 
 log = logging.getLogger("pypi_ae")
@@ -1694,6 +1694,7 @@ class Directory:
         self._real = os.path.realpath(self.root)
         self._facts = FactsFiles(self.root / ".pypi_ae" / "facts")
         self._names: set[str] = set()  # in the root, at the last look
+        self._left_out: set[str] = set()  # paths that a log line has told of
         self._scan_until = 0.0  # when all of them are looked at again
 
     # Looking...
@@ -1702,9 +1703,8 @@ class Directory:
         now, began, root = time.time_ns(), time.monotonic(), str(self.root)
         marks, names, known = read_marks([root]), set(os.listdir(root)), self._names
         new = {n: to_project(n) or Project("") for n in names - known if known}
-        only_folders = all(new[n] and os.path.isdir(f"{root}/{n}") for n in new)
         recent = last and known and known <= names and began < self._scan_until
-        if last and recent and only_folders:
+        if last and recent and all(new[n] and _is_folder(f"{root}/{n}") for n in new):
             places = dict(last.found.places)
             for name, project in new.items():
                 folders, loose = places.get(project, Place())
@@ -1719,15 +1719,33 @@ class Directory:
     def _scan_root(self) -> Catalog:
         folders: dict[Project, tuple[str, ...]] = {}
         loose: dict[Project, dict[str, None]] = {}
-        for entry in os.scandir(self.root):
-            with contextlib.suppress(OSError):  # a loop of links, say
-                if entry.is_dir():
-                    project = to_project(entry.name)
-                    if project and not _is_left_empty(entry.path):
-                        folders[project] = (*folders.get(project, ()), entry.name)
-                elif parsed := _parse_loose(distribution_of(entry.path)):
-                    loose.setdefault(parsed.project, {})[entry.name] = None
+        for entry in filter(self._is_served, os.scandir(self.root)):
+            if entry.is_dir():
+                project = to_project(entry.name)
+                if project and not _is_left_empty(entry.path):
+                    folders[project] = (*folders.get(project, ()), entry.name)
+            elif parsed := _parse_loose(distribution_of(entry.path)):
+                loose.setdefault(parsed.project, {})[entry.name] = None
         return make_catalog(folders, loose)
+
+    def _is_file(self, entry: os.DirEntry[str]) -> bool:
+        plain = entry.is_file(follow_symlinks=False)  # costs nothing, as most are
+        return plain or (self._is_served(entry) and entry.is_file())
+
+    def _is_served(self, entry: os.DirEntry[str]) -> bool:
+        """Is it a file, or a folder that can be read? Links may not lead elsewhere."""
+        why = ""
+        with contextlib.suppress(OSError):  # a loop of links, say
+            if entry.is_symlink() and not self._is_inside(entry.path):
+                why = f"it leads out of {self.root}"
+            elif entry.is_dir() and not os.access(entry.path, os.R_OK | os.X_OK):
+                why = "it cannot be read"
+            else:
+                return entry.is_file() or entry.is_dir()
+        if why and entry.path not in self._left_out:  # once, not with each scan
+            self._left_out.add(entry.path)
+            log.warning("%s is left out, as %s", entry.path, why)
+        return False
 
     def look(self, project: Project, find_root: FindRoot, last: Last) -> Look[Listing]:
         root, now, began = find_root(), time.time_ns(), time.monotonic()
@@ -1760,12 +1778,9 @@ class Directory:
         """Paths of a project's files and sidecars. Loose ones come last."""
         paths: list[str] = []
         for folder in self._folders(project, place):
-            try:
-                paths += [f"{folder}/{name}" for name in os.listdir(folder)]
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # a folder that is not there yet, or is gone
-            except PermissionError as fault:
-                log.warning("a folder is left out, as it cannot be read: %s", fault)
+            if _base(folder) in place.folders:  # it can be read, and is in the root
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    paths += [e.path for e in os.scandir(folder) if self._is_file(e)]
         return paths + [f"{self.root}/{name}" for name in place.loose]
 
     def _describe(
@@ -1773,7 +1788,6 @@ class Directory:
     ) -> Iterator[Distribution]:
         """Distributions of files. Those that have not changed come first, in order."""
         yanks = [path for path in files if path.endswith(".yanked")]
-        yanks = [path for path in yanks if self._is_inside(path)]
         yanked = {path.removesuffix(".yanked"): _read_yank(path) for path in yanks}
         kept = last.found.dists if last else []
         kept = [dist for dist in kept if files.get(dist.path) == dist.state]
@@ -1783,8 +1797,7 @@ class Directory:
             yield dist if same else replace(dist, yanked=reason, lines={})
         others = files.keys() - {dist.path for dist in kept}
         names = {path: parse_filename(_base(path), project) for path in others}
-        own = {path: p for path, p in names.items() if p and p.project == project}
-        new = {path: p for path, p in own.items() if self._is_inside(path)}
+        new = {path: p for path, p in names.items() if p and p.project == project}
         known = self._facts.read(project, anew=last is None) if new else {}
         for path, parsed in new.items():
             state, facts = files[path], known.get((parsed.filename, *files[path]))
@@ -1806,7 +1819,7 @@ class Directory:
                 )
 
     def _is_inside(self, path: str) -> bool:
-        """Does a path lead to a place below the root? A link may lead elsewhere."""
+        """Does a path lead to a place below the root, whatever links it has?"""
         return os.path.realpath(path).startswith(f"{self._real}/")
 
     def look_at_all(self, root: Look[Catalog]) -> Look[list[Parsed]]:
@@ -1844,6 +1857,8 @@ class Directory:
     def create(self, new: Addition, old: Distribution | None, place: Place) -> None:
         home, *others = self._folders(new.project, place)
         target, replaced = f"{home}/{new.filename}", old.path if old else ""
+        if not self._is_inside(home):  # a link; what it leads to is not served
+            raise OSError(errno.EXDEV, f"it leads out of {self.root}", home)
         for folder in () if old else (self.root, *others):
             if os.path.exists(f"{folder}/{new.filename}"):
                 raise FileExistsError(f"{folder} has {new.filename}")
@@ -1916,6 +1931,10 @@ def _base(path: str) -> str:
     return path.rpartition("/")[2]
 
 
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
 def _is_left_empty(folder: str) -> bool:
     """Remove a project's folder that a crash left empty; False if it has files."""
     try:
@@ -1980,7 +1999,7 @@ def open_at(path: Path | str, start: int) -> BinaryIO:
     return file
 
 
-def open_staged(folder: Path) -> BinaryIO:
+def open_staged(folder: Path, name: str = "") -> BinaryIO:
     """Open a new file for an upload; remove files whose process is gone."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder):
@@ -1988,7 +2007,7 @@ def open_staged(folder: Path) -> BinaryIO:
             old = time.time() - entry.stat().st_mtime > ABANDONED_SECONDS
             if old or _is_abandoned(*entry.name.split("-")[:2]):
                 os.unlink(entry.path)
-    name = f"{os.getpid()}-{RUN}-{os.urandom(8).hex()}"
+    name = f"{os.getpid()}-{RUN}-{name or os.urandom(8).hex()}"
     return open(folder / name, "xb")
 
 
@@ -2016,6 +2035,10 @@ def place_file(source: Path, target: Path, *, overwrite: bool) -> None:
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError:
+            if not overwrite:  # what is refused leaves no trace
+                os.unlink(target)
+            raise
         finally:
             os.close(folder)
 
@@ -2222,14 +2245,13 @@ class FileCache:
         path = self._folder / _cache_name(dist)
         with contextlib.suppress(OSError):
             file = open_at(path, 0)
-            if not self._is_right(file, dist):  # it was cut short, say
-                file.close()
-                path.unlink()
-                return None
-            with contextlib.suppress(OSError):  # the disk may be read-only
-                os.utime(path)  # it is used now
-            file.seek(start)
-            return file
+            if self._is_right(file, dist):
+                with contextlib.suppress(OSError):  # the disk may be read-only
+                    os.utime(path)  # it is used now
+                file.seek(start)
+                return file
+            file.close()  # it was cut short, say
+            path.unlink()
         return None
 
     def _is_right(self, file: BinaryIO, dist: Distribution) -> bool:
@@ -2245,7 +2267,7 @@ class FileCache:
 
     def fill(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass chunks on, and write them to a copy if there is room for it."""
-        part = self._begin(dist.size)
+        part = self._begin(dist)
         try:
             for chunk in chunks:
                 if part and not _write_part(part, chunk):
@@ -2259,19 +2281,20 @@ class FileCache:
             if part:
                 _discard(part)
 
-    def _begin(self, size: int) -> BinaryIO | None:
-        """Open a new copy. It takes its size at once, so that other workers see it."""
+    def _begin(self, dist: Distribution) -> BinaryIO | None:
+        """Open a new copy; None if another download is writing it already."""
         with contextlib.suppress(OSError), self._lock:
-            if self._take_room(size):
-                part = open_staged(self._parts)
-                part.truncate(size)
-                return part
+            part = open_staged(self._parts, _cache_name(dist))
+            with contextlib.suppress(OSError):
+                if self._take_room(dist.size):
+                    part.truncate(dist.size)  # at once, so that other workers see it
+                    return part
+            _discard(part)
         return None
 
     def put(self, source: Path, name: str) -> None:
         """Move a staged file into the cache, if there is room for it."""
         with contextlib.suppress(OSError), self._lock:
-            self._folder.mkdir(parents=True, exist_ok=True)
             if self._take_room(source.stat().st_size):
                 os.replace(source, self._folder / name)
 
@@ -2284,17 +2307,19 @@ class FileCache:
 
     def _take_room(self, size: int) -> bool:
         """Take room for a copy. If there is none, older ones go, an eighth at once."""
+        for folder in (self._folder, self._parts):  # a cleaner of /tmp may remove them
+            folder.mkdir(parents=True, exist_ok=True)
         if size > self._room:  # a scan takes time and memory, so not for each copy
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._parts.mkdir(exist_ok=True)
             parts = sum(part.size for part in _copies(self._parts))
             if size + parts > self._bound:
                 return False
             copies = _copies(self._folder)
-            room = self._bound - parts - sum(copy.size for copy in copies)
+            # Two workers may each add a share unseen, and keep the bound together.
+            share = self._bound // 16
+            room = self._bound - share - parts - sum(copy.size for copy in copies)
             if size > room:
-                _remove(copies, size - room + self._bound // 8)
-            self._room = max(room, 2 * size) // 2  # another worker may add copies, too
+                _remove(copies, size - room + 2 * share)
+            self._room = size + max(0, min(room - size, share))
         self._room -= size
         return True
 
@@ -2329,9 +2354,8 @@ def _write_part(part: BinaryIO, data: bytes) -> bool:
 
 
 def _discard(part: BinaryIO) -> None:
-    with contextlib.suppress(OSError):  # it is a whole copy by now, and has its name
-        part.close()
-        os.unlink(part.name)
+    with contextlib.suppress(OSError), part:  # on a full disk, to close it fails, too
+        os.unlink(part.name)  # unless it is a whole copy by now, and has its name
 
 
 def _cache_name(dist: Distribution) -> str:
@@ -2581,7 +2605,8 @@ def download(app: App, request: Request) -> Response:
     dist = request.listing.by_name.get(filename) if project else None
     digest = request.args.get("digest", "")
     if project and dist and not dist.has_digest(digest):  # it may be that of new bytes
-        dist = app.index.look_again(project).by_name.get(filename)
+        look = app.index.listing(project, request.started, request.path)
+        dist = look.found.by_name.get(filename)
     for _ in range(2):  # once more if the file was replaced since it was listed
         if not (project and dist and answer and dist.has_digest(digest)):
             raise HTTPError(404, f"There is no file {quoted(request.path)} here.")
@@ -3224,7 +3249,10 @@ Handler = Callable[["App", Request], Response]
 Before = Callable[[Request], None]
 After = Callable[[Request, Response], "Response | None"]
 NOT_NOW = HTTPError(503, "The store does not answer now. Try again.", Retry_After="5")
-NO_ROOM = HTTPError(507, "The server has no room left for this.", Retry_After="60")
+NO_ROOM = HTTPError(507, "The server's disk has no room for this.", Retry_After="60")
+NO_DISK = HTTPError(503, "The server's disk fails; its log says how.", Retry_After="5")
+# Errors of a bucket have no number.
+BY_ERRNO = {None: NOT_NOW, errno.ENOSPC: NO_ROOM, errno.EDQUOT: NO_ROOM}
 MAX_PATH = 1024  # letters; the longest useful path has two names of 215
 
 
@@ -3346,8 +3374,7 @@ class App:
         except OSError as fault:
             if not isinstance(fault, Away):
                 self._log(logging.ERROR, request, f"the store failed: {fault}")
-            full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
-            response = self._refuse(request, NO_ROOM if full else NOT_NOW)
+            response = self._refuse(request, BY_ERRNO.get(fault.errno, NO_DISK))
         except Exception:
             self._log(logging.ERROR, request, "fault", exc_info=True)
             why = "The server failed; its log says why."
