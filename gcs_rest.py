@@ -85,7 +85,7 @@ __all__ = [
     "StorageError",
     "Unavailable",
 ]
-__version__ = "1.1"
+__version__ = "1.2"
 
 DEADLINE = 8.0  # s without progress; hatch waits 10 s for the answer to an upload
 BACKOFF, BACKOFF_MAX = 0.5, 4.0  # s; pauses are random, up to 0.5, 1, 2, 4, 4, ...
@@ -328,7 +328,7 @@ class Tokens:
             self.replace(self.value(), left)
         elif state == "STALE" and time.monotonic() >= self.next_try:
             self.next_try = time.monotonic() + TOKEN_PAUSE
-            with contextlib.suppress(OSError):  # StorageErrors, and those of requests
+            with contextlib.suppress(StorageError):
                 self.replace(self.value(), READ_TIMEOUT_MIN)
         self.credentials.apply(headers)
 
@@ -351,6 +351,8 @@ class Tokens:
             if self.credentials is None:
                 self.credentials = find_credentials(os.environ)
             self.credentials.refresh(self)
+        except requests.RequestException as error:
+            raise Unavailable(f"no access token: {error}; try again later") from error
         except (GoogleAuthError, PermissionError, ValueError) as error:
             advice = "use gcloud auth application-default login, or a service account"
             raise Refused(f"no access token: {error}; {advice}") from error
