@@ -1512,7 +1512,7 @@ class Index:
 
     def names(self, began: float) -> Sequence[Parsed]:
         """Every distribution, for a request that began then."""
-        with self._names_lock:
+        with self._slot(), self._names_lock:
             look = self._names
             if not look or not is_current(look, began):
                 look = self.store.look_at_all(self.root(began, denies=True))
@@ -2127,7 +2127,7 @@ class Cloud:
                 )
 
     def iter_dists(self, catalog: Catalog) -> Iterator[Distribution]:
-        with self.gate.slot(), self.gate.list_call():
+        with self.gate.list_call():
             return self._describe(self.bucket.list(self._prefix)[0])
 
     def look_at_all(self, root: Look[Catalog]) -> Look[list[Parsed]]:
@@ -3351,8 +3351,8 @@ class App:
         self.before: list[Before] = [index.pull]
         self.after: list[After] = [index.push]
         self.verbose = False  # a log line for every request
-        # App Engine counts staged files as memory, and allows 32 MB for each.
-        self.uploads = threading.Semaphore(4 if settings.hosted else 8)
+        # Uploads to a bucket take half of its SLOTS, and of App Engine's memory.
+        self.uploads = threading.Semaphore(4 if settings.bucket_name else 8)
         self.searches = threading.Semaphore(8)
         own = Route("GET", settings.health_endpoint, None, health)
         self._router = Router((own, *ROUTES))
@@ -3513,7 +3513,8 @@ def look_at_start(index: Index) -> None:
         index.root(time.monotonic())
         return
     look = ThreadPoolExecutor(1).submit(index.root, time.monotonic())
-    os.register_at_fork(before=look.exception)  # a child would wait for its locks
+    if os.name == "posix":
+        os.register_at_fork(before=look.exception)  # a child would wait for its locks
 
 
 def place_of(settings: Settings) -> str:

@@ -6978,6 +6978,21 @@ def test_a_slow_bucket_is_waited_for_with_patience(
     assert WHEEL2 not in answer.text
 
 
+def test_all_files_of_a_bucket_that_hangs_hold_up_no_other(
+    played: Cloud, hang: Any
+) -> None:
+    """/packages/ lists it under a lock of its own; half of 16 threads must be left."""
+    client = known_to(played)
+    played.wire.on("list", hang)
+    with ThreadPoolExecutor(16) as pool:
+        pages = [pool.submit(client.get, "/packages/") for _ in range(40)]
+        health = pool.submit(client.get, "/health")
+        in_time = wait_until(health.done)
+        hang.release.set()
+        assert in_time
+        assert {page.result(30).status for page in pages} <= {200, 503}
+
+
 def test_a_listing_that_hangs_holds_up_no_other(played: Cloud, hang: Any) -> None:
     played.put("other/other-1.0.tar.gz", b"x", **facts(b"x"))
     client = known_to(played)
