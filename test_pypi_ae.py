@@ -7171,10 +7171,10 @@ def test_what_fuzzing_found_is_right(name: str, number: int) -> None:
     fuzz.HARNESSES[name](fuzz.SEEDS[name][number])
 
 
-@pytest.fixture(scope="module", params=["gunicorn", "wsgiref"])
-def enemy(request: pytest.FixtureRequest) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def enemy() -> Iterator[Any]:
     """A server, and another client that asks for a page all the time."""
-    with hostile.watched(MODULE.parent, request.param) as server:
+    with hostile.watched(MODULE.parent) as server:
         before = server.memory()
         yield server
         assert server.memory() - before < 2 * hostile.GROWTH
