@@ -1712,22 +1712,35 @@ class Directory:
                 places[project] = Place((*folders, name), loose)
             catalog = Catalog(places)
         else:
-            catalog, self._scan_until = self._scan_root(), began + LOOK_MOST
+            catalog = self._scan_root(began)
         self._names = names
         until = self._scan_until if _is_settled(marks[root][0], now) else began
         return Look(catalog, marks, until, until)
 
-    def _scan_root(self) -> Catalog:
+    def _scan_root(self, began: float) -> Catalog:
+        self._scan_until = began + LOOK_MOST
         folders: dict[Project, tuple[str, ...]] = {}
         loose: dict[Project, dict[str, None]] = {}
         for entry in filter(self._is_served, os.scandir(self.root)):
             if entry.is_dir():
                 project = to_project(entry.name)
-                if project and not _is_left_empty(entry.path):
+                if project and not self._is_empty(entry, began):
                     folders[project] = (*folders.get(project, ()), entry.name)
             elif parsed := _parse_loose(distribution_of(entry.path)):
                 loose.setdefault(parsed.project, {})[entry.name] = None
         return make_catalog(folders, loose)
+
+    def _is_empty(self, entry: os.DirEntry[str], began: float) -> bool:
+        """A folder without files is no project. One that a crash left goes later."""
+        with contextlib.suppress(OSError):  # it has files
+            if time.time() - entry.stat().st_mtime > IDLE_SECONDS:
+                os.rmdir(entry.path)
+                return True
+            with os.scandir(entry.path) as names:
+                if next(names, None) is None:
+                    self._scan_until = began  # a file in it does not change the root
+                    return True
+        return False
 
     def _is_file(self, entry: os.DirEntry[str]) -> bool:
         plain = entry.is_file(follow_symlinks=False)  # costs nothing, as most are
@@ -1934,15 +1947,6 @@ def _base(path: str) -> str:
 
 def _is_folder(path: str) -> bool:
     return os.path.isdir(path) and not os.path.islink(path)
-
-
-def _is_left_empty(folder: str) -> bool:
-    """Remove a project's folder that a crash left empty; False if it has files."""
-    try:
-        os.rmdir(folder)
-    except OSError:
-        return False
-    return True
 
 
 def _parse_loose(path: str) -> Parsed | None:

@@ -3669,6 +3669,20 @@ CUT_OFF: dict[str, Callable[[Client], object]] = {
 }
 
 
+def test_empty_folder_is_no_project_and_may_be_filled(stocked: Client) -> None:
+    """A person makes it and fills it then. It is removed when it is old."""
+    young, old = stocked.root / "young", stocked.root / "old"
+    young.mkdir()
+    old.mkdir()
+    os.utime(old, (1e9, 1e9))
+    client = Client(make_app(stocked.root))
+    assert list(client.get("/simple/").links()) == ["acme"]
+    assert (young.is_dir(), old.is_dir()) == (True, False)
+    client.drop("young/young-1.0.tar.gz")
+    assert list(client.get("/simple/").links()) == ["acme", "young"]
+    assert client.page("young")["files"]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
 @pytest.mark.parametrize("case", CUT_OFF)
 def test_crash_leaves_no_project_and_no_yank_behind(tmp_path: Path, case: str) -> None:
