@@ -7200,7 +7200,11 @@ def test_hostile_requests_are_refused_in_time(enemy: Any, case: Any) -> None:
     assert not result.wrong, result
 
 
-@pytest.mark.parametrize("name", hostile.FLOODS)
+# Others are tests of their own: posts that trickle, guesses, long values.
+FLOODS = [name for name in hostile.FLOODS if not re.search("100|one|4 MB$", name)]
+
+
+@pytest.mark.parametrize("name", FLOODS)
 def test_a_flood_stops_nobody(name: str) -> None:
     effect, right = hostile.flood(MODULE.parent, name)
     assert right, effect
@@ -8209,10 +8213,10 @@ def test_100_clients_and_slow_readers(start: Start, in_bucket: Env) -> None:
 
 
 STRAIN = {  # kind of server, bytes, CACHE_MB of a bucket, MB that it may take
-    "wsgiref": ("wsgiref", 1 << 30, "", 60),
-    "gunicorn": ("gunicorn", 1 << 30, "", 60),
-    "bucket, kept": ("gunicorn", 500 << 20, "600", 80),
-    "bucket, too large to keep": ("gunicorn", 500 << 20, "10", 80),
+    "wsgiref": ("wsgiref", 1 << 29, "", 60),
+    "gunicorn": ("gunicorn", 1 << 29, "", 60),
+    "bucket, kept": ("gunicorn", 300 << 20, "400", 80),
+    "bucket, too large to keep": ("gunicorn", 300 << 20, "10", 80),
 }
 
 
