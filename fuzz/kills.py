@@ -119,7 +119,10 @@ class Killing:
         """Let the clients work until the kill; return the request that each lost."""
         arm, by_step = self.server.home / "arm", self.dice.random() < 0.6
         if by_step:
-            arm.write_text(str(self.dice.randint(1, 60)))
+            (whole := arm.with_name("arm.new")).write_text(
+                str(self.dice.randint(1, 60))
+            )
+            os.replace(whole, arm)  # a worker that starts now must not read half of it
         with ThreadPoolExecutor(CLIENTS) as pool:
             seeds = [self.dice.random() for _ in range(CLIENTS)]
             clients = pool.map(self.send_requests, range(CLIENTS), seeds)
