@@ -1285,7 +1285,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self.slow = False  # a call failed or took PATIENCE; none succeeded since
+        self.slow = False  # a list call failed or took PATIENCE; none succeeded since
         self._slots, self._lock = threading.Semaphore(SLOTS), threading.Lock()
         self._pause = self._retry_at = 0.0  # seconds; no pause: the bucket is well
 
@@ -1299,7 +1299,6 @@ class Gate:
         """Be one of those who wait for the bucket; raise Away if they are too many."""
         paused, patience = time.monotonic() < self._retry_at, not self.slow and PATIENCE
         if paused or not self._slots.acquire(timeout=patience):
-            self.slow = True
             raise Away("The bucket does not answer.")
         try:
             yield
@@ -1441,11 +1440,12 @@ class Index:
         """Take a look, or serve the last one if that fails or takes long."""
         gate = self.store.gate
         patience = gate.patience() if gate else 0.0
-        if not gate or (last and began >= last.began + self._stale_seconds):
+        if last and began >= last.began + self._stale_seconds:
             last = None
+        if not gate or (last and not is_current(last, 0.0)):
+            last = None  # a change that was made here has to show
         try:
-            # A change that was made here has to show, if the bucket is well.
-            if gate and last and (gate.slow or is_current(last, 0.0)):
+            if gate and last:
                 with self._lock:
                     flight = self._flights.get(key)
                     if not flight or flight.done():
@@ -1697,6 +1697,7 @@ class Directory:
         self._names: set[str] = set()  # in the root, at the last look
         self._left_out: set[str] = set()  # paths that a log line has told of
         self._scan_until = 0.0  # when all of them are looked at again
+        self._empty: dict[str, Mark] = {}  # folders without files
 
     # Looking...
 
@@ -1705,6 +1706,7 @@ class Directory:
         marks, names, known = read_marks([root]), set(os.listdir(root)), self._names
         new = {n: to_project(n) or Project("") for n in names - known if known}
         recent = last and known and known <= names and began < self._scan_until
+        recent = recent and read_marks(self._empty) == self._empty
         if last and recent and all(new[n] and _is_folder(f"{root}/{n}") for n in new):
             places = dict(last.found.places)
             for name, project in new.items():
@@ -1712,34 +1714,32 @@ class Directory:
                 places[project] = Place((*folders, name), loose)
             catalog = Catalog(places)
         else:
-            catalog = self._scan_root(began)
-        self._names = names
-        until = self._scan_until if _is_settled(marks[root][0], now) else began
+            catalog, self._scan_until = self._scan_root(), began + LOOK_MOST
+        self._names, marks = names, marks | self._empty
+        settled = all(_is_settled(mark[0], now) for mark in marks.values())
+        until = self._scan_until if settled else began
         return Look(catalog, marks, until, until)
 
-    def _scan_root(self, began: float) -> Catalog:
-        self._scan_until = began + LOOK_MOST
+    def _scan_root(self) -> Catalog:
+        self._empty = {}
         folders: dict[Project, tuple[str, ...]] = {}
         loose: dict[Project, dict[str, None]] = {}
         for entry in filter(self._is_served, os.scandir(self.root)):
             if entry.is_dir():
                 project = to_project(entry.name)
-                if project and not self._is_empty(entry, began):
+                if project and not self._is_empty(entry.path):
                     folders[project] = (*folders.get(project, ()), entry.name)
             elif parsed := _parse_loose(distribution_of(entry.path)):
                 loose.setdefault(parsed.project, {})[entry.name] = None
         return make_catalog(folders, loose)
 
-    def _is_empty(self, entry: os.DirEntry[str], began: float) -> bool:
-        """A folder without files is no project. One that a crash left goes later."""
-        with contextlib.suppress(OSError):  # it has files
-            if time.time() - entry.stat().st_mtime > IDLE_SECONDS:
-                os.rmdir(entry.path)
+    def _is_empty(self, folder: str) -> bool:
+        """A folder without files, such as a crash may leave, is no project."""
+        mark = read_mark(folder)  # a file that comes changes it, but not the root
+        with contextlib.suppress(OSError), os.scandir(folder) as names:
+            if next(names, None) is None:
+                self._empty[folder] = mark
                 return True
-            with os.scandir(entry.path) as names:
-                if next(names, None) is None:
-                    self._scan_until = began  # a file in it does not change the root
-                    return True
         return False
 
     def _is_file(self, entry: os.DirEntry[str]) -> bool:
@@ -2004,7 +2004,7 @@ def open_at(path: Path | str, start: int) -> BinaryIO:
     return file
 
 
-def open_staged(folder: Path, name: str = "") -> BinaryIO:
+def open_staged(folder: Path) -> BinaryIO:
     """Open a new file for an upload; remove files whose process is gone."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in os.scandir(folder):
@@ -2013,7 +2013,7 @@ def open_staged(folder: Path, name: str = "") -> BinaryIO:
             gone = age > IDLE_SECONDS and _is_abandoned(*entry.name.split("-")[:2])
             if gone or age > ABANDONED_SECONDS:
                 os.unlink(entry.path)
-    name = f"{os.getpid()}-{RUN}-{name or os.urandom(8).hex()}"
+    name = f"{os.getpid()}-{RUN}-{os.urandom(8).hex()}"
     return open(folder / name, "xb")
 
 
@@ -2245,6 +2245,7 @@ class FileCache:
         self._bound = bound  # bytes of all copies, whole or being written
         self._room = 0  # bytes that may be added before the folders are scanned again
         self._checked: BoundedCache[int] = BoundedCache(FILES_KEPT)  # inode, by name
+        self._filling: set[str] = set()  # names of copies that requests write now
         self._lock = threading.Lock()
         make_folder(self._folder)
 
@@ -2275,7 +2276,8 @@ class FileCache:
 
     def fill(self, dist: Distribution, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """Pass chunks on, and write them to a copy if there is room for it."""
-        part = self._begin(dist)
+        name, part = _cache_name(dist), self._begin(dist)
+        is_mine = part is not None
         try:
             for chunk in chunks:
                 if part and not _write_part(part, chunk):
@@ -2283,28 +2285,37 @@ class FileCache:
                     part = None
                 yield chunk
             if part:
-                with contextlib.suppress(OSError):
-                    os.replace(part.name, self._folder / _cache_name(dist))
+                self._place(Path(part.name), name)
         finally:
             if part:
                 _discard(part)
+            if is_mine:
+                self._filling.discard(name)
 
     def _begin(self, dist: Distribution) -> BinaryIO | None:
-        """Open a new copy; None if another download is writing it already."""
+        """Open a new copy; None if another request is writing it already."""
+        name = _cache_name(dist)
         with contextlib.suppress(OSError), self._lock:
-            part = open_staged(self._parts, _cache_name(dist))
-            with contextlib.suppress(OSError):
-                if self._take_room(dist.size):
+            if name not in self._filling and self._take_room(dist.size):
+                part = open_staged(self._parts)
+                with contextlib.suppress(OSError):
                     part.truncate(dist.size)  # at once, so that other workers see it
+                    self._filling.add(name)
                     return part
-            _discard(part)
+                _discard(part)
         return None
+
+    def _place(self, source: Path, name: str) -> None:
+        """Make a whole file the copy. It may get the inode of one that was checked."""
+        with contextlib.suppress(OSError):
+            self._checked.keep(name, 0, 1)
+            os.replace(source, self._folder / name)
 
     def put(self, source: Path, name: str) -> None:
         """Move a staged file into the cache, if there is room for it."""
         with contextlib.suppress(OSError), self._lock:
             if self._take_room(source.stat().st_size):
-                os.replace(source, self._folder / name)
+                self._place(source, name)
 
     def give_way(self, size: int) -> None:
         """Remove copies until the disk has room for an upload of so many bytes."""

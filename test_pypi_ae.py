@@ -3692,16 +3692,17 @@ CUT_OFF: dict[str, Callable[[Client], object]] = {
 
 
 def test_empty_folder_is_no_project_and_may_be_filled(stocked: Client) -> None:
-    """A person makes it and fills it then. It is removed when it is old."""
+    """A person makes it and fills it then. A scan removes nothing, however old."""
     young, old = stocked.root / "young", stocked.root / "old"
     young.mkdir()
     old.mkdir()
     os.utime(old, (1e9, 1e9))
     client = Client(make_app(stocked.root))
     assert list(client.get("/simple/").links()) == ["acme"]
-    assert (young.is_dir(), old.is_dir()) == (True, False)
+    assert (young.is_dir(), old.is_dir()) == (True, True)
     client.drop("young/young-1.0.tar.gz")
-    assert list(client.get("/simple/").links()) == ["acme", "young"]
+    client.drop("old/old-1.0.tar.gz")
+    assert list(client.get("/simple/").links()) == ["acme", "old", "young"]
     assert client.page("young")["files"]
 
 
@@ -7023,6 +7024,49 @@ def test_a_slow_bucket_is_waited_for_with_patience(
     answer = client.get("/simple/acme/")
     assert not is_stale(answer)
     assert WHEEL2 not in answer.text
+
+
+@pytest.mark.parametrize("act", ["upload", "removal"])
+def test_stale_page_never_hides_a_change_of_ours(played: Cloud, act: str) -> None:
+    """A bucket that is gone after it: rather no page than one from before."""
+    client = known_to(played)
+    done = client.upload(WHEEL2, W2) if act == "upload" else client.remove("1.0")
+    assert done.status == 200
+    played.wire.on("list", unreachable)
+    for _ in range(2):
+        assert client.get("/simple/acme/").status == 503
+
+
+def test_copy_is_whole_whoever_fills_it_next(played: Cloud, monkeypatch: Patch) -> None:
+    """One fill ends, a cleaner removes its copy, and two more fills begin at once."""
+    data, others = os.urandom(300_000), list[Iterator[bytes]]()
+    played.put(f"acme/{WHEEL}", data, **facts(data))
+    store: Any = played.instance().app.index.store
+    root = store.look_at_root(None)
+    (dist,) = store.look(pypi_ae.Project("acme"), lambda: root, None).found.dists
+    cache, real = store._cache, os.replace
+
+    def fill() -> Iterator[bytes]:
+        halves: Iterator[bytes] = cache.fill(
+            dist, iter((data[:150_000], data[150_000:]))
+        )
+        return halves
+
+    def replace(source: Any, target: Any) -> None:
+        real(source, target)
+        os.unlink(target)
+        monkeypatch.setattr(os, "replace", real)
+        others.append(fill())
+        next(others[0])
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert b"".join(fill()) == data
+    others.append(fill())
+    next(others[1])
+    for rest in others:
+        b"".join(rest)
+        copies = list(Path(played.folder).rglob("cache/*"))
+        assert [path.read_bytes() == data for path in copies] == [True] * len(copies)
 
 
 def test_all_files_of_a_bucket_that_hangs_hold_up_no_other(
